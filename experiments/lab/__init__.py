@@ -1,0 +1,1 @@
+"""What experiments share: worlds, evaluation, verdicts, the grid, plots and the report."""

@@ -1,0 +1,130 @@
+"""Grouped-query attention with rotary positions and an optional sliding window.
+
+The score computation is Hugging Face's attention interface (eager, sdpa, flash ...); the mask that
+comes in already holds causality, window and padding. `naive_attention` is the written-out form,
+the oracle of the tests.
+
+Shapes: B batch, S queries, C keys, H query heads, G kv heads, N head width, D width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moe.config import MoEConfig
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions (Su et al. 2021), computed in float32."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        parameters = config.rope_parameters or {}
+        theta = parameters.get("rope_theta", 10000.0)
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        self.register_buffer("inv_freq", 1.0 / theta**exponent, persistent=False)
+
+    def forward(self, position_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Two (B, S, N) float32 tensors; the N/2 angles are repeated for the two halves."""
+        angle = position_BS[..., None].float() * self.inv_freq.float()
+        angle = torch.cat((angle, angle), dim=-1)
+        return angle.cos(), angle.sin()
+
+
+def rotate(x_BHSN: Tensor, cos_BSN: Tensor, sin_BSN: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + N/2]) by its angle."""
+    low, high = x_BHSN.chunk(2, dim=-1)
+    turned = torch.cat((-high, low), dim=-1)
+    cos, sin = cos_BSN[:, None].to(x_BHSN.dtype), sin_BSN[:, None].to(x_BHSN.dtype)
+    return x_BHSN * cos + turned * sin
+
+
+def naive_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Softmax(q k / sqrt(N) + mask) v with every score written out; also HF's name "eager".
+
+    query (B, H, S, N), key and value (B, G, C, N), additive attention_mask (B, 1, S, C) or None.
+    Returns the output (B, S, H, N) and the probabilities (B, H, S, C).
+    """
+    groups = query.shape[1] // key.shape[1]
+    key = repeat(key, "b g c n -> b (g r) c n", r=groups)
+    value = repeat(value, "b g c n -> b (g r) c n", r=groups)
+    score_BHSC = torch.einsum("bhsn,bhcn->bhsc", query, key) * scaling
+    if attention_mask is not None:
+        score_BHSC = score_BHSC + attention_mask
+    probability = torch.softmax(score_BHSC, dim=-1, dtype=torch.float32).to(query.dtype)
+    probability = nn.functional.dropout(probability, p=dropout, training=module.training)
+    return torch.einsum("bhsc,bhcn->bshn", probability, value), probability
+
+
+class GroupedQueryAttention(nn.Module):
+    """H query heads share G key/value heads (Ainslie et al. 2023), each query sees `window` tokens.
+
+    window: how many tokens a query sees, itself included; None for the whole past.
+    """
+
+    def __init__(self, config: MoEConfig, layer_idx: int, *, window: int | None = None) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        self.config = config
+        self.layer_idx = layer_idx
+        self.window = window
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        width, query_width = config.hidden_size, config.num_attention_heads * self.head_dim
+        kv_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(width, query_width, bias=False)
+        self.k_proj = nn.Linear(width, kv_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_width, bias=False)
+        self.o_proj = nn.Linear(query_width, width, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (B, S, D) to (B, S, D), and the probabilities where the backend gives them."""
+        split = "b s (h n) -> b h s n"
+        query = rearrange(self.q_proj(hidden_states), split, n=self.head_dim)
+        key = rearrange(self.k_proj(hidden_states), split, n=self.head_dim)
+        value = rearrange(self.v_proj(hidden_states), split, n=self.head_dim)
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, naive_attention
+        )
+        out_BSHN, probability = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.window,
+            **kwargs,
+        )
+        return self.o_proj(rearrange(out_BSHN, "b s h n -> b s (h n)")), probability

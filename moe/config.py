@@ -1,0 +1,164 @@
+"""The configuration of a Switchyard language model.
+
+Field names are Hugging Face's, so that its tools read them. `router_aux_loss_coef` stays 0: tools
+that find it non-zero add Mixtral's balance loss, which pools the layers; ours is
+`load_balancing_coef`, one value per layer, averaged.
+"""
+
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from moe.errors import UserError
+from moe.routing import RouterSpec
+
+WINDOW_LETTERS = {"S": "sliding_attention", "L": "full_attention"}
+FFN_KINDS = ("sparse", "dense")
+
+
+@strict
+class MoEConfig(PreTrainedConfig):
+    """A decoder with grouped-query attention and, layer by layer, an MoE or a dense SwiGLU FFN.
+
+    `window_pattern` is read cyclically over the layers, "S" a sliding window of `sliding_window`
+    tokens (the token itself included), "L" the whole past: "SSSL" is three short, one long.
+    `mlp_layer_types` names each layer "sparse" or "dense" (default: all sparse).
+    `moe_intermediate_size` is the width F of one expert, `intermediate_size` that of a dense FFN.
+
+    Raises `UserError` naming both values when two fields contradict each other.
+    """
+
+    model_type = "switchyard"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_local_experts": "num_experts"}
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+    }
+
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    moe_intermediate_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 512
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+    sliding_window: int | None = None
+    window_pattern: str | None = None
+    layer_types: list[str] | None = None
+    mlp_layer_types: list[str] | None = None
+    attention_dropout: float | int = 0.0
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    norm_topk_prob: bool = True
+    capacity_factor: float | int | None = None
+    load_balancing_coef: float | int = 0.01
+    z_loss_coef: float | int = 0.001
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.0
+    rope_parameters: RopeParameters | dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # The Auto classes of some training libraries read `auto_map` without asking whether it is
+        # there; an empty one says that no remote code belongs to this model.
+        self.auto_map: dict[str, str] = {}
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            pattern = self.window_pattern or ("S" if self.sliding_window else "L")
+            unknown = sorted(set(pattern) - set(WINDOW_LETTERS))
+            if unknown:
+                raise UserError(
+                    f"window_pattern {pattern!r} has {''.join(unknown)!r}: use S (window) and L (full)."
+                )
+            letters = (pattern * self.num_hidden_layers)[: self.num_hidden_layers]
+            self.layer_types = [WINDOW_LETTERS[letter] for letter in letters]
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
+        self._check()
+        super().__post_init__(**kwargs)
+
+    @property
+    def router_spec(self) -> RouterSpec:
+        return RouterSpec(
+            num_experts=self.num_experts,
+            top_k=self.num_experts_per_tok,
+            normalize_weights=self.norm_topk_prob,
+            capacity_factor=self.capacity_factor,
+        )
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose FFN is a mixture of experts."""
+        kinds = self.mlp_layer_types or []
+        return tuple(i for i, kind in enumerate(kinds) if kind == "sparse")
+
+    def _check(self) -> None:
+        def positive(name: str) -> None:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+
+        for name in (
+            "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers"
+            " num_attention_heads num_key_value_heads max_position_embeddings"
+        ).split():
+            positive(name)
+        if self.head_dim is None:
+            raise UserError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}: change one or give head_dim."
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim {self.head_dim} is odd: rotary embeddings need an even one.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}: each KV head serves whole groups."
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise UserError(f"sliding_window {self.sliding_window} must be at least 1, or None.")
+        if "sliding_attention" in (self.layer_types or []) and self.sliding_window is None:
+            raise UserError("a layer has a sliding window but sliding_window is None: give its size.")
+        if self.sliding_window is not None and "sliding_attention" not in (self.layer_types or []):
+            raise UserError(
+                f"sliding_window {self.sliding_window} has no effect: no layer of {self.layer_types} "
+                "slides; drop it or change window_pattern."
+            )
+        for name, allowed in (
+            ("layer_types", tuple(WINDOW_LETTERS.values())),
+            ("mlp_layer_types", FFN_KINDS),
+        ):
+            kinds = getattr(self, name)
+            if len(kinds) != self.num_hidden_layers or set(kinds) - set(allowed):
+                raise UserError(
+                    f"{name} {kinds} must name each of the {self.num_hidden_layers} layers "
+                    f"(num_hidden_layers), each one of {', '.join(allowed)}."
+                )
+        if self.rms_norm_eps <= 0:
+            raise UserError(f"rms_norm_eps {self.rms_norm_eps} must be above 0.")
+        for name in ("load_balancing_coef", "z_loss_coef"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise UserError(f"{name} {value} must be finite and at least 0 (0 switches it off).")
+        if self.router_aux_loss_coef != 0:
+            raise UserError(
+                f"router_aux_loss_coef {self.router_aux_loss_coef} must stay 0 (tools that see it add a "
+                "loss that pools the layers): set load_balancing_coef."
+            )
+        if "sparse" in self.mlp_layer_types:  # type: ignore[operator]
+            _ = self.router_spec  # its own checks

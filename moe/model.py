@@ -1,0 +1,348 @@
+"""The decoder: the only file that turns a configuration into layers.
+
+HF-shaped (names, caches, masks, `generate`), so that other tools open it. Each forward hands its
+routing decisions to whoever records (`moe.record`); the model keeps none.
+
+Shapes: B batch, S sequence, D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import can_return_tuple
+
+from moe.attention import GroupedQueryAttention, RotaryEmbedding
+from moe.balance import balance_sums, load_balancing_value, mean_over_layers, z_value
+from moe.config import MoEConfig
+from moe.errors import UserError
+from moe.experts import FusedExperts
+from moe.routing import Routing
+from moe.switch_ffn import SwitchFFN
+
+RoutingSink = Callable[[Tensor, Tensor, tuple[Routing, ...]], None]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang and Sennrich 2019), the mean square in float32."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = nn.functional.rms_norm(x.float(), self.weight.shape, eps=self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class DenseFFN(nn.Module):
+    """One SwiGLU FFN (Shazeer 2020) for the layers without experts."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Attention and FFN, each behind a norm and a residual."""
+
+    def __init__(self, config: MoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.layer_types is not None and config.mlp_layer_types is not None
+        slides = config.layer_types[layer_idx] == "sliding_attention"
+        self.self_attn = GroupedQueryAttention(
+            config, layer_idx, window=config.sliding_window if slides else None
+        )
+        self.mlp: nn.Module
+        if config.mlp_layer_types[layer_idx] == "sparse":
+            self.mlp = SwitchFFN(
+                config.router_spec,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.moe_intermediate_size,
+            )
+        else:
+            self.mlp = DenseFFN(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        real_BS: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Routing | None]:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        if isinstance(self.mlp, SwitchFFN):
+            mixed, routing = self.mlp(normed, real_BS)
+            return hidden_states + mixed, routing
+        return hidden_states + self.mlp(normed), None
+
+
+class MoEPreTrainedModel(PreTrainedModel):
+    """What all heads share: loading, initialisation, what the backbone supports."""
+
+    config: MoEConfig
+    config_class = MoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FusedExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
+            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, RotaryEmbedding):
+            init.copy_(module.inv_freq, RotaryEmbedding(self.config).inv_freq)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_reentrant(kwargs.get("gradient_checkpointing_kwargs") or next(iter(args), None))
+        super().gradient_checkpointing_enable(*args, **kwargs)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_reentrant(kwargs.get("activation_checkpointing_kwargs") or next(iter(args), None))
+        super().activation_checkpointing_enable(*args, **kwargs)
+
+    @staticmethod
+    def _refuse_reentrant(options: dict[str, Any] | None) -> None:
+        # The reentrant form records the router's logits without a graph: balancing would be off.
+        if (options or {}).get("use_reentrant"):
+            raise UserError(
+                "use_reentrant=True would switch the balance loss off without a word: "
+                "use the default, use_reentrant=False."
+            )
+
+
+class MoEModel(MoEPreTrainedModel):
+    """Token ids to hidden states."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            [DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.routing_sinks: list[RoutingSink] = []
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        sample_ids: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """input_ids (B, S); attention_mask (B, past + S), 1 for real tokens, or a ready 4-D mask.
+
+        sample_ids: int64 (B,), names of the rows in a recorded trace; default the row number.
+        Raises ValueError unless exactly one of input_ids and inputs_embeds is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, length = inputs_embeds.shape[:2]
+        device = inputs_embeds.device
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        checkpointing = self.training and any(
+            getattr(layer, "gradient_checkpointing", False) for layer in self.layers
+        )
+        if use_cache and past_key_values is None and not checkpointing:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(length, device=device) + past)[None]
+        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        real_BS = torch.ones(batch, length, dtype=torch.bool, device=device)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            real_BS = attention_mask[:, -length:].bool()
+
+        hidden_states = inputs_embeds
+        positions = self.rotary_emb(position_ids)
+        routings: list[Routing] = []
+        hidden: list[Tensor] = [hidden_states]
+        assert self.config.layer_types is not None
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states, routing = layer(
+                hidden_states,
+                position_embeddings=positions,
+                attention_mask=masks[kind],
+                real_BS=real_BS,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            hidden.append(hidden_states)
+            if routing is not None:
+                routings.append(routing)
+        hidden_states = self.norm(hidden_states)
+
+        if sample_ids is None:
+            sample_ids = torch.arange(batch, device=device)
+        for sink in self.routing_sinks:
+            sink(sample_ids, real_BS, tuple(routings))
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        return MoeModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*hidden[:-1], hidden_states) if output_hidden_states else None,
+            router_logits=tuple(r.logits_TE for r in routings) if output_router_logits else None,
+        )
+
+    def _masks(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor,
+    ) -> dict[str, Tensor | None]:
+        makers = {
+            "full_attention": create_causal_mask,
+            "sliding_attention": create_sliding_window_causal_mask,
+        }
+        assert self.config.layer_types is not None
+        return {
+            kind: makers[kind](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for kind in sorted(set(self.config.layer_types))
+        }
+
+
+class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
+    """The language model. Its `loss` is for other libraries' trainers; ours sum their own."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        self.model = MoEModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits (B, S, V); with labels (B, S), -100 where not learned, also a loss.
+
+        The loss is the summed cross-entropy over `num_items_in_batch` (default: over the labelled
+        tokens here). In training the balance terms are added, each micro-batch weighted by its share
+        of those items, so that accumulation and more processes do not multiply them; in eval never.
+        """
+        collected: list[tuple[Routing, ...]] = []
+        wants_balance = labels is not None and self.training and self._has_balance()
+        if wants_balance:
+            self.model.routing_sinks.append(lambda ids, mask, routings: collected.append(routings))
+        try:
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        finally:
+            if wants_balance:
+                self.model.routing_sinks.pop()
+        hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+            logits = self.lm_head(hidden_states[:, kept])
+        else:
+            logits = self.lm_head(hidden_states[:, logits_to_keep])
+        loss = aux_loss = None
+        if labels is not None:
+            loss, share = self._cross_entropy(logits, labels, num_items_in_batch)
+            if wants_balance:
+                aux_loss = self.balance_penalty(collected[0])
+                loss = loss + share * aux_loss
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            router_logits=outputs.router_logits,
+        )
+
+    def _has_balance(self) -> bool:
+        weights = self.config.load_balancing_coef + self.config.z_loss_coef
+        return weights > 0 and bool(self.config.sparse_layers)
+
+    def balance_penalty(self, routings: tuple[Routing, ...]) -> Tensor:
+        """Coefficient-weighted balance and z-loss of one micro-batch, means over the MoE layers."""
+        sums = [balance_sums(routing) for routing in routings]
+        balance = mean_over_layers([load_balancing_value(s) for s in sums])
+        z = mean_over_layers([z_value(s) for s in sums])
+        return self.config.load_balancing_coef * balance + self.config.z_loss_coef * z
+
+    @staticmethod
+    def _cross_entropy(
+        logits_BSV: Tensor, labels_BS: Tensor, num_items: Tensor | int | None
+    ) -> tuple[Tensor, Tensor]:
+        target_BS = labels_BS[:, 1:]
+        total = nn.functional.cross_entropy(
+            logits_BSV[:, :-1].float().flatten(0, 1), target_BS.flatten(), reduction="sum"
+        )
+        here = (target_BS != -100).sum()
+        items = here.clamp(min=1) if num_items is None else num_items
+        return total / items, here / items

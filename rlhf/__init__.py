@@ -1,0 +1,1 @@
+"""Preferences and reinforcement, on a model that sft/ made."""

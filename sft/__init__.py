@@ -1,0 +1,1 @@
+"""Supervised training, and the chassis that the later stages drive on."""
