@@ -10,9 +10,10 @@ and a tokenizer that marks the start of a text (SentencePiece) marks the start o
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -137,10 +138,10 @@ class TurnTemplate:
         for index, message in enumerate(conversation):
             segments.append(self._markup(self.between if index else ""))
             segments.extend(self._turn(message))
-        if conversation and conversation[-1].role != "assistant":
-            segments.append(self._markup(self.between + self.before_answer))
         if not conversation:
             segments.append(self._markup(self.before_answer))
+        elif conversation[-1].role != "assistant":
+            segments.append(self._markup(self.between + self.before_answer))
         return tuple(segment for segment in segments if segment.text or segment.ends_answer)
 
     def _opening(self, conversation: Conversation) -> str:
@@ -247,12 +248,11 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         finished = (Message("user", "?"), Message("assistant", "!"))
-        *_, slot, tail = ["", *self._run(finished, open_answer=False), ""][:-1]
-        if isinstance(tail, _Slot):
-            slot, tail = tail, ""
-        assert isinstance(slot, _Slot)
-        self._answer_slot = slot
-        self.end_token = _first_special(tail, tokenizer)
+        pieces = self._run(finished, open_answer=False)
+        slots = [piece for piece in pieces if isinstance(piece, _Slot)]
+        self._answer_slot = slots[-1]
+        after_answer = pieces[pieces.index(slots[-1]) + 1 :]
+        self.end_token = _first_special("".join(map(str, after_answer)), tokenizer)
 
     def answer(self, text: str) -> str:
         return self._answer_slot.fill(text)
@@ -455,14 +455,14 @@ class TextPath:
                 "set eos_token in its tokenizer_config.json."
             )
         if max_length < 2:
-            raise UserError(f"max_length {max_length} leaves nothing to predict: it must be 2 up.")
+            raise UserError(f"max_length {max_length} leaves nothing to predict: give 2 or more.")
         self.tokenizer = tokenizer
         self.template = template
         self.max_length = max_length
         self.train_on_inputs = train_on_inputs
-        self._special_ids = {
-            int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special
-        } | {int(index) for index in tokenizer.all_special_ids}
+        added = tokenizer.added_tokens_decoder.items()
+        self._special_ids = {int(index) for index, token in added if token.special}
+        self._special_ids |= {int(index) for index in tokenizer.all_special_ids}
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int = self._end_id()
         stops = (self.eos_id, tokenizer.eos_token_id, self.bos_id)
@@ -470,6 +470,8 @@ class TextPath:
             dict.fromkeys(index for index in stops if index is not None)
         )
         self.pad_id: int = self._choose_pad()
+        # Text can honestly hold what the tokenizer does not know; every other special is ours.
+        self._forbidden_ids = self._special_ids - {tokenizer.unk_token_id} | set(self.stop_ids)
 
     def encode(self, conversation: Conversation) -> Encoded:
         """The ids of a conversation that ends with an answer, with the loss on its answers.
@@ -541,16 +543,23 @@ class TextPath:
     def _content_ids(self, text: str) -> list[int]:
         """Ids of text that is not ours: whatever it spells, none of them is a special token."""
         ids = self._tokenise(text, split_special=True)
-        if not self._forged(ids):
+        if not self._is_forged(ids):
             return ids
-        # A vocabulary can hold a special's spelling as a plain piece too: cut it where it occurs.
-        pattern = "|".join(
-            re.escape(str(token))
-            for token in sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
-        )
-        broken = re.sub(pattern, lambda match: f"{match[0][0]}\0{match[0][1:]}", text)
-        ids = [index for piece in broken.split("\0") for index in self._plain(piece)]
+        # Some vocabularies hold a special's spelling as an ordinary piece too: cut through it.
+        spellings = sorted(map(str, self.tokenizer.all_special_tokens), key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, spellings)))
+        cuts = [0, *(match.start() + 1 for match in pattern.finditer(text)), len(text)]
+        pieces = [text[start:end] for start, end in itertools.pairwise(cuts)]
+        ids = [index for piece in pieces for index in self._tokenise(piece, split_special=True)]
+        if self._is_forged(ids):
+            raise UserError(
+                f"This tokenizer reads {text[:40]!r} as a special token even inside data: "
+                "remove it from the text, or use another tokenizer."
+            )
         return ids
+
+    def _is_forged(self, ids: list[int]) -> bool:
+        return any(index in self._forbidden_ids for index in ids)
 
     def _tokenise(self, text: str, *, split_special: bool) -> list[int]:
         if not text:
@@ -559,3 +568,61 @@ class TextPath:
             text, add_special_tokens=False, split_special_tokens=split_special, verbose=False
         )
         return list(encoding["input_ids"])
+
+    def _end_id(self) -> int:
+        for index, token in self.tokenizer.added_tokens_decoder.items():
+            if token.special and str(token) == self.template.end_token:
+                return int(index)
+        return int(self.tokenizer.eos_token_id)
+
+    def _choose_pad(self) -> int:
+        """PAD without touching the vocabulary, whose size the model's embedding has."""
+        named = (self.tokenizer.pad_token_id, self.tokenizer.unk_token_id)
+        for index in (*named, *sorted(self._special_ids), *range(len(self.tokenizer))):
+            if index is not None and index not in self.stop_ids:
+                return int(index)
+        raise UserError("The tokenizer has no id that could pad: all of them end an answer.")
+
+
+def _merged(segments: Iterable[Segment]) -> list[Segment]:
+    """Neighbours of one kind as one segment, so that a seam is only where it has to be."""
+    merged: list[Segment] = []
+    for segment in segments:
+        last = merged[-1] if merged else None
+        if last is not None and not (last.ends_answer or segment.ends_answer):
+            same_kind = last.is_special_markup == segment.is_special_markup
+            if same_kind and last.supervised == segment.supervised:
+                merged[-1] = replace(last, text=last.text + segment.text)
+                continue
+        merged.append(segment)
+    return merged
+
+
+def conversation_text(conversation: Conversation) -> str:
+    """A conversation for a reader or a reward: one turn as it is, several with their roles."""
+    if len(conversation) == 1:
+        return conversation[0].content
+    return "\n\n".join(f"{message.role}: {message.content}" for message in conversation)
+
+
+def pad_batch(
+    sequences: Sequence[Sequence[int]], *, pad_id: int, side: Literal["left", "right"]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B, S) int64, filled with `pad_id` on `side`, and mask (B, S) bool, True on real tokens.
+
+    S is the longest length. The mask comes from the lengths, so `pad_id` may be any id.
+    """
+    import torch
+
+    if not sequences:
+        raise ValueError("pad_batch got no sequences: a batch has at least one")
+    if side not in ("left", "right"):
+        raise ValueError(f"side {side!r} is neither 'left' nor 'right'")
+    longest = max(len(sequence) for sequence in sequences)
+    ids = torch.full((len(sequences), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(sequences), longest), dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        start = longest - len(sequence) if side == "left" else 0
+        ids[row, start : start + len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
+        mask[row, start : start + len(sequence)] = True
+    return ids, mask

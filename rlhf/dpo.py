@@ -1,0 +1,110 @@
+"""Direct preference optimisation: a policy, a reference, a preference loss, nothing generated.
+
+The reference's log-probabilities are computed on the same micro-batch in the same shape, so that at
+step 0 both are equal and the preference term must be the loss's value at the reference (ln 2 for
+DPO); a run where it is not is stopped.
+
+Shapes: B pairs, S sequence.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe.errors import UserError
+from moe.generation import positions
+from moe.model import MoEModel
+from rlhf.logprobs import sequence_logps, token_logps
+from rlhf.losses import PairLogps, PreferenceLoss
+from rlhf.losses.dpo import DPOLoss
+from rlhf.reference import Reference
+from sft.adapt import disable_dropout
+from sft.loss import LossOutput
+from sft.trainer import BalancePolicy, StageTrainer, TrainSettings
+
+STEP_ZERO_TOLERANCE = 1e-4  # float32 sums over some hundred tokens, times beta
+
+
+class SelfCheckFailed(RuntimeError):
+    """A quantity that is known beforehand came out otherwise: the run would measure something else."""
+
+
+def refuse_batch_coupling(model: nn.Module) -> None:
+    """Raises `UserError` for routers whose log-probabilities depend on the rest of the batch."""
+    for module in model.modules():
+        if isinstance(module, MoEModel) and module.config.sparse_layers:
+            spec = module.config.router_spec
+            if not spec.batch_invariant:
+                raise UserError(
+                    f"capacity_factor {spec.capacity_factor} makes a token's log-probability depend on "
+                    "its batch neighbours, so ratios and margins would not be the policy's: set "
+                    "capacity_factor to None (dropless) for preference and RL stages."
+                )
+
+
+def pair_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> PairLogps:
+    """Summed completion log-probabilities of chosen (first half of the rows) and rejected."""
+    mask_BS = batch["attention_mask"]
+    outputs = model(
+        input_ids=batch["input_ids"],
+        attention_mask=mask_BS.long(),
+        position_ids=positions(mask_BS),
+        use_cache=False,
+    )
+    logp_BS = token_logps(outputs.logits, batch["input_ids"])
+    sum_B, length_B = sequence_logps(logp_BS, batch["completion_mask"])
+    chosen, rejected = sum_B.chunk(2)
+    chosen_length, rejected_length = length_B.chunk(2)
+    return PairLogps(
+        chosen=chosen,
+        rejected=rejected,
+        chosen_length=chosen_length,
+        rejected_length=rejected_length,
+    )
+
+
+class DPOTrainer(StageTrainer):
+    """Trains `model` on pairs against `reference`; balance is off unless asked for."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainSettings,
+        *,
+        reference: Reference,
+        loss: PreferenceLoss | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs.setdefault("stage", "dpo")
+        kwargs.setdefault("balance", BalancePolicy(scope="off"))
+        self.loss: PreferenceLoss = DPOLoss() if loss is None else loss
+        self.reference = reference
+        refuse_batch_coupling(model)
+        disable_dropout(model)
+        super().__init__(model, settings, **kwargs)
+
+    def count_units(self, batch: Mapping[str, Tensor]) -> int:
+        return batch["input_ids"].shape[0] // 2
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if not self.loss.needs_reference:
+            return batch
+        with torch.no_grad(), self.reference.lend() as reference:
+            return {**batch, "reference": pair_logps(reference, batch)}
+
+    def objective(self, model: nn.Module, batch: Mapping[str, Any]) -> LossOutput:
+        policy = pair_logps(model, batch)
+        output = self.loss(policy, batch["reference"]) if "reference" in batch else self.loss(policy)
+        if self.state.global_step == 0 and self.loss.value_at_reference is not None:
+            self._check_start(float(output.loss.detach()), self.loss.value_at_reference)
+        return output
+
+    @staticmethod
+    def _check_start(value: float, expected: float) -> None:
+        if abs(value - expected) > STEP_ZERO_TOLERANCE:
+            raise SelfCheckFailed(
+                f"the preference loss starts at {value:.6f}, not at {expected:.6f}: policy and "
+                "reference are not the same model before the first step."
+            )

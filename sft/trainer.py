@@ -1,0 +1,717 @@
+"""The chassis under every stage: Hugging Face's loop, our denominators, balance and checkpoints.
+
+Losses are sums divided once by the units of the whole optimizer step (all micro-batches, all
+processes), so splitting a batch changes nothing. The overridden `Trainer` methods are those below
+the line "Hugging Face's loop"; transformers is bounded to the minor versions they were tested with.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from moe.balance import BalanceSums, balance_sums, load_balancing_value, z_value
+from moe.counters import permutation
+from moe.errors import UserError
+from moe.record import has_router, record_routing
+from moe.stats import RouterStats
+from sft.adapt import base_of, disable_dropout
+from sft.checkpoint import (
+    PREFIX,
+    Checkpoint,
+    live_tensors,
+    load_strictly,
+    newest_checkpoint,
+    read_checkpoint,
+    rotate,
+    write_checkpoint,
+)
+from sft.loss import LossOutput, language_model_loss
+from sft.tracking import Tracker
+
+BalanceScope = Literal["off", "micro_batch", "optimizer_step"]
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient is not finite; nothing was written after the last good step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancePolicy:
+    """How a stage balances its routers.
+
+    scope: what the expert fractions f are counted over. `micro_batch` is what most frameworks do;
+    `optimizer_step` counts the whole step, all micro-batches and processes, so that the gradient is
+    the same for every split (with accumulation it costs one more forward pass without gradients).
+    """
+
+    scope: BalanceScope = "micro_batch"
+    load_balancing_coef: float = 0.0
+    z_loss_coef: float = 0.0
+
+    @classmethod
+    def of_model(cls, model: nn.Module, *, scope: BalanceScope = "micro_batch") -> "BalancePolicy":
+        """The coefficients that the model's own configuration names."""
+        config = getattr(base_of(model), "config", None)
+        balance = getattr(config, "load_balancing_coef", None)
+        if balance is None:  # another family: its name for the coefficient, our loss per layer
+            balance = getattr(config, "router_aux_loss_coef", 0.0)
+        z = getattr(config, "z_loss_coef", 0.0)
+        return cls(scope=scope, load_balancing_coef=balance, z_loss_coef=z)
+
+    @property
+    def on(self) -> bool:
+        return self.scope != "off" and (self.load_balancing_coef > 0 or self.z_loss_coef > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What a stage's optimisation is made of.
+
+    batch_size: rows of one optimizer step over all processes; micro_batch_size: rows of one forward
+    pass on one process (0: as many as there are). max_steps: optimizer steps.
+    """
+
+    max_steps: int
+    batch_size: int
+    micro_batch_size: int = 0
+    lr: float = 1e-3
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    log_steps: int = 10
+    save_steps: int = 0
+    keep_checkpoints: int = 2
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "log_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        if not self.lr > 0:
+            raise UserError(f"lr {self.lr} must be above 0.")
+
+    def per_process(self, num_processes: int) -> tuple[int, int]:
+        """(micro-batch size, accumulation steps). Raises UserError if the batch does not divide."""
+        if self.batch_size % num_processes:
+            raise UserError(
+                f"batch_size {self.batch_size} does not divide over {num_processes} processes."
+            )
+        share = self.batch_size // num_processes
+        micro = self.micro_batch_size or share
+        if share % micro:
+            allowed = [m for m in range(1, share + 1) if share % m == 0]
+            raise UserError(
+                f"batch_size {self.batch_size} over {num_processes} processes is {share} rows each, not "
+                f"a multiple of micro_batch_size {micro}: try one of {allowed}."
+            )
+        return micro, share // micro
+
+
+class StepOrder(Sampler[int]):
+    """Row indices of the whole training: epoch after epoch, each its own permutation.
+
+    The order is a function of (seed, epoch), not of history, so a resumed run continues it.
+    """
+
+    def __init__(self, num_rows: int, *, num_samples: int, seed: int) -> None:
+        self.num_rows, self.num_samples, self.seed = num_rows, num_samples, seed
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, given = 0, 0
+        while given < self.num_samples:
+            for row in permutation(self.seed, "order", epoch, length=self.num_rows):
+                if given == self.num_samples:
+                    return
+                yield row
+                given += 1
+            epoch += 1
+
+
+@dataclass
+class _Denominators:
+    """Of the optimizer step at hand, over all micro-batches and processes."""
+
+    units: float = 1.0
+    tokens: float = 1.0
+    fraction_LE: Tensor | None = None
+
+
+@dataclass
+class _Sums:
+    """Diagnostics since the last log: sums with counts, maxima, router statistics."""
+
+    sums: dict[str, list[float]] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+    stats: RouterStats | None = None
+
+    def add(self, output: LossOutput) -> None:
+        for name, (total, count) in output.metrics.items():
+            held = self.sums.setdefault(name, [0.0, 0.0])
+            held[0] += float(total)
+            held[1] += float(count)
+        for name, value in output.maxima.items():
+            self.maxima[name] = max(self.maxima.get(name, float("-inf")), float(value))
+
+    def add_loss(self, output: LossOutput) -> None:
+        held = self.sums.setdefault("train/loss", [0.0, 0.0])
+        held[0] += float(output.loss_sum.detach())
+        held[1] += float(output.count)
+
+    def add_stats(self, stats: RouterStats) -> None:
+        self.stats = stats if self.stats is None else self.stats.merge(stats)
+
+    def document(self) -> dict[str, Any]:
+        """As JSON; float64 survives it exactly."""
+        stats = None if self.stats is None else asdict(self.stats)
+        return {
+            "sums": self.sums,
+            "maxima": self.maxima,
+            "stats": stats and {k: v if k == "top_k" else v.tolist() for k, v in stats.items()},
+        }
+
+    @classmethod
+    def of_document(cls, document: Mapping[str, Any]) -> "_Sums":
+        held = document["stats"]
+        stats = held and RouterStats(
+            **{
+                k: v if k == "top_k" else torch.tensor(v, dtype=torch.float64)
+                for k, v in held.items()
+            }
+        )
+        return cls(sums=document["sums"], maxima=document["maxima"], stats=stats)
+
+
+class _Watch(TrainerCallback):
+    """Counts real optimizer steps, reports progress, logs and saves the last step."""
+
+    def __init__(self, trainer: "StageTrainer") -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.optimizer_steps += 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.trainer.on_progress is not None:
+            self.trainer.on_progress(state.global_step, state.max_steps)
+        # The last step is always logged and, where checkpoints are kept, saved.
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_save = self.trainer.settings.save_steps > 0
+        return control
+
+
+class StageTrainer(Trainer):
+    """One stage of training: give it rows, a collator and an objective.
+
+    Subclasses say what a unit is (`count_units`) and what a micro-batch costs (`objective`). Takes our
+    model or any Hugging Face model. Raises `Diverged` rather than stepping on a non-finite loss.
+    """
+
+    loss_is_scaled_for_ga = True  # sums over the step's denominators, see compute_loss
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainSettings,
+        *,
+        rows: Sequence[Mapping[str, Any]],
+        collator: Callable[[list[Any]], dict[str, Tensor]],
+        folder: Path,
+        stage: str,
+        balance: BalancePolicy | None = None,
+        tracker: Tracker | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
+        routed_part: nn.Module | None = None,
+    ) -> None:
+        """`routed_part` is the part whose routers are balanced and observed; default the model."""
+        if not rows:
+            raise UserError(f"stage {stage}: there are no rows to train on.")
+        self.settings = settings
+        self.rows = rows
+        self.stage = stage
+        self.tracker = tracker
+        self.on_progress = on_progress
+        self.fingerprints = dict(fingerprints or {})
+        self.balance = balance if balance is not None else BalancePolicy(scope="off")
+        self.routed_part = model if routed_part is None else routed_part
+        self.routed = has_router(self.routed_part)
+        if self.balance.on and not self.routed:
+            self.balance = BalancePolicy(scope="off")
+        self.optimizer_steps = 0
+        self._step = _Denominators()
+        self._sums = _Sums()
+        self._resumed: Checkpoint | None = None
+        super().__init__(
+            model=model,
+            args=_training_arguments(settings, folder),
+            train_dataset=rows,
+            data_collator=collator,
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(_Watch(self))
+        self.model_accepts_loss_kwargs = False
+
+    # What a stage defines.
+
+    def count_units(self, batch: Mapping[str, Tensor]) -> int:
+        """Units of a micro-batch that its loss is a sum over, known before the forward pass."""
+        raise NotImplementedError
+
+    def objective(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
+        """The summed loss of a micro-batch."""
+        raise NotImplementedError
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the objective needs beside the batch, computed without gradients and unobserved."""
+        return batch
+
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What the stage adds to a checkpoint: tensors and a JSON document."""
+        return {}, {}
+
+    def load_extra_state(self, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+        """Restore what `extra_state` gave."""
+
+    def fit(self, *, resume: bool = False) -> None:
+        """Train to the end; `resume` continues from the newest checkpoint that verifies, if any."""
+        checkpoint = None
+        if resume:
+            checkpoint, notes = newest_checkpoint(Path(self.args.output_dir))
+            for note in notes:
+                print(note, flush=True)
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    # The loss.
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        inputs = self.prepare(inputs)
+        if self.routed:
+            with record_routing(self.routed_part, keep_graph=self.balance.on) as trace:
+                output = self.objective(model, inputs)
+            routings = [forward.routings for forward in trace.forwards]
+            loss = output.loss_sum / self._step.units
+            if self.balance.on:
+                loss = loss + self._balance_penalty(routings)
+            for each in routings:
+                self._sums.add_stats(RouterStats.from_routings(each))
+        else:
+            output = self.objective(model, inputs)
+            loss = output.loss_sum / self._step.units
+        self._sums.add(output)
+        self._sums.add_loss(output)
+        if not bool(torch.isfinite(loss)):
+            raise Diverged(
+                f"stage {self.stage}, step {self.state.global_step + 1}: the loss is "
+                f"{float(loss)}; lower lr ({self.settings.lr})."
+            )
+        # DDP averages gradients over processes; the denominators are already global.
+        return loss * self.accelerator.num_processes
+
+    def _balance_penalty(self, routings: Sequence[Sequence[Any]]) -> Tensor:
+        """Balance and z-loss of this micro-batch, weighted by its share of the step's tokens."""
+        sums_L = self._layer_sums(routings)
+        share = sums_L[0].num_tokens / self._step.tokens
+        fraction_LE = self._step.fraction_LE
+        if self.balance.scope == "optimizer_step" and fraction_LE is None:
+            fraction_LE = self._fractions(torch.stack([s.count_E for s in sums_L]))
+        balance = torch.stack(
+            [
+                load_balancing_value(s, fraction_E=None if fraction_LE is None else fraction_LE[i])
+                for i, s in enumerate(sums_L)
+            ]
+        ).mean()
+        z = torch.stack([z_value(s) for s in sums_L]).mean()
+        tokens = sums_L[0].num_tokens.detach()
+        self._sums.add(
+            LossOutput(
+                loss_sum=balance.detach(),
+                count=tokens,
+                metrics={
+                    "router/balance_loss": (balance.detach() * tokens, tokens),
+                    "router/z_loss": (z.detach() * tokens, tokens),
+                },
+            )
+        )
+        return share * (self.balance.load_balancing_coef * balance + self.balance.z_loss_coef * z)
+
+    @staticmethod
+    def _layer_sums(routings: Sequence[Sequence[Any]]) -> list[BalanceSums]:
+        """Sums per layer over the passes of one micro-batch."""
+        sums_L = [balance_sums(routing) for routing in routings[0]]
+        for other in routings[1:]:
+            sums_L = [a + balance_sums(b) for a, b in zip(sums_L, other, strict=True)]
+        return sums_L
+
+    def _fractions(self, count_LE: Tensor) -> Tensor:
+        count_LE = self._all_sum(count_LE.detach())
+        return count_LE / count_LE.sum(dim=-1, keepdim=True).clamp(min=1.0)
+
+    def _all_sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return self.accelerator.reduce(value, reduction="sum")
+
+    def measure_step(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Set the denominators of the step that these micro-batches (of this process) make."""
+        units = float(sum(self.count_units(batch) for batch in batches))
+        tokens = float(sum(int(batch["attention_mask"].sum()) for batch in batches))
+        totals = self._all_sum(
+            torch.tensor([units, tokens], dtype=torch.float64, device=self.args.device)
+        )
+        if float(totals[0]) == 0:
+            raise UserError(f"stage {self.stage}: a batch has nothing to learn, all is masked out.")
+        self._step = _Denominators(units=float(totals[0]), tokens=float(totals[1]))
+        if self.balance.on and self.balance.scope == "optimizer_step" and len(batches) > 1:
+            self._step.fraction_LE = self._fractions(self._counts_without_gradient(batches))
+
+    def _counts_without_gradient(self, batches: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Expert counts of a first pass over all micro-batches."""
+        total: Tensor | None = None
+        prepared = [self.prepare(self._prepare_inputs(dict(batch))) for batch in batches]
+        with torch.no_grad(), record_routing(self.routed_part) as trace:
+            for batch in prepared:
+                self.objective(self.model, batch)
+                for forward in trace.forwards:
+                    count_LE = torch.stack([balance_sums(r).count_E for r in forward.routings])
+                    total = count_LE if total is None else total + count_LE
+                trace.clear()
+        assert total is not None
+        return total
+
+    # Hugging Face's loop.
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        self.measure_step(batches)
+        return batches, None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return StepOrder(
+            len(self.rows),
+            num_samples=self.settings.max_steps * self.settings.batch_size,
+            seed=self.settings.seed,
+        )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # exact counts are moe.budget's business
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not bool(torch.isfinite(torch.as_tensor(norm))):
+            raise Diverged(
+                f"stage {self.stage}, step {self.state.global_step + 1}: the gradient's norm is "
+                f"{float(norm)}; lower lr ({self.settings.lr})."
+            )
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" not in logs:
+            return  # the summary that ends a training; `metrics.jsonl` has every row already
+        metrics: dict[str, Any] = {"train/learning_rate": logs["learning_rate"]}
+        if "grad_norm" in logs:
+            metrics["train/grad_norm"] = logs["grad_norm"]
+        metrics.update(self._drain())
+        self.state.log_history.append(
+            {"step": self.state.global_step, **{k: _value(v) for k, v in metrics.items()}}
+        )
+        if self.tracker is not None and self.is_world_process_zero():
+            self.tracker.log(metrics, step=self.state.global_step, stage=self.stage)
+
+    def _drain(self) -> dict[str, Any]:
+        """Diagnostics since the last log, reduced over processes; then forgotten."""
+        sums, maxima, stats = self._sums.sums, self._sums.maxima, self._sums.stats
+        self._sums = _Sums()
+        if sums:
+            table = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.args.device)
+            table = self._all_sum(table)
+            pairs = dict(zip(sums, table.tolist(), strict=True))
+        else:
+            pairs = {}
+        metrics: dict[str, Any] = {
+            name: (total / count, count) for name, (total, count) in pairs.items() if count
+        }
+        for name, value in maxima.items():
+            held = torch.tensor([value], device=self.args.device)
+            metrics[name] = float(self.accelerator.gather(held).max())
+        if stats is not None:
+            reduced = RouterStats(
+                **{
+                    name: self._all_sum(value.to(self.args.device)).cpu()
+                    for name, value in asdict(stats).items()
+                    if name != "top_k"
+                },
+                top_k=stats.top_k,
+            )
+            metrics.update(
+                {
+                    name: value
+                    for name, value in reduced.to_metrics().items()
+                    if "/layer_" not in name or "load_entropy" in name or "max_vio/" in name
+                }
+            )
+        return metrics
+
+    # Checkpoints: see sft.checkpoint.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        everyone = self._gather_objects(_rng_documents())
+        extra_tensors, extra_document = self.extra_state()
+        if self.is_world_process_zero():
+            optimizer_tensors, optimizer_document = _optimizer_state(self.optimizer, self.model)
+            folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
+            write_checkpoint(
+                folder,
+                tensors={
+                    "model": live_tensors(self.model),
+                    "optimizer": optimizer_tensors,
+                    "rng": {f"torch.{i}": rng.pop("torch") for i, rng in enumerate(everyone)},
+                    **({"extra": extra_tensors} if extra_tensors else {}),
+                },
+                documents={
+                    "trainer_state": _state_document(self.state),
+                    "optimizer": optimizer_document,
+                    "scheduler": self.lr_scheduler.state_dict(),
+                    "rng": everyone,
+                    "settings": asdict(self.settings),
+                    "sums": self._sums.document(),
+                    "extra": extra_document,
+                },
+                facts={
+                    "step": self.state.global_step,
+                    "stage": self.stage,
+                    "fingerprints": self.fingerprints,
+                    "num_processes": self.accelerator.num_processes,
+                    "threads": torch.get_num_threads(),
+                    "torch": torch.__version__,
+                },
+            )
+            rotate(folder.parent, keep=self.settings.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _gather_objects(self, value: dict[str, Any]) -> list[dict[str, Any]]:
+        if self.accelerator.num_processes == 1:
+            return [value]
+        held: list[Any] = [None] * self.accelerator.num_processes
+        torch.distributed.all_gather_object(held, value)
+        return held
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint = read_checkpoint(Path(resume_from_checkpoint))
+        self._check_same_run(checkpoint)
+        load_strictly(self.model, checkpoint.tensors["model"], source=resume_from_checkpoint)
+        extra = checkpoint.documents["extra"]
+        assert isinstance(extra, dict)
+        self.load_extra_state(checkpoint.tensors.get("extra", {}), extra)
+        sums = checkpoint.documents["sums"]
+        assert isinstance(sums, dict)
+        self._sums = _Sums.of_document(sums)
+        self._resumed = checkpoint
+
+    def _check_same_run(self, checkpoint: Checkpoint) -> None:
+        now: dict[str, object] = {
+            "stage": self.stage,
+            "num_processes": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            **{f"fingerprint of {k}": v for k, v in self.fingerprints.items()},
+        }
+        held = checkpoint.manifest
+        prints = held.get("fingerprints", {})
+        assert isinstance(prints, dict)
+        then = {
+            **{key: held.get(key) for key in ("stage", "num_processes", "threads")},
+            **{f"fingerprint of {k}": v for k, v in prints.items()},
+        }
+        for key in sorted({*now, *then}):
+            if now.get(key) != then.get(key):
+                raise UserError(
+                    f"{checkpoint.folder} cannot be resumed: {key} was {then.get(key)}, is "
+                    f"{now.get(key)}; the result would not be that of the uninterrupted run."
+                )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._resumed is None:
+            return
+        document = self._resumed.documents["optimizer"]
+        assert isinstance(document, dict)
+        _load_optimizer(self.optimizer, self.model, self._resumed.tensors["optimizer"], document)
+        self.lr_scheduler.load_state_dict(self._resumed.documents["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._resumed is None:
+            return
+        rank = self.accelerator.process_index
+        documents = self._resumed.documents["rng"]
+        assert isinstance(documents, list)
+        version, words, gauss = documents[rank]["python"]
+        random.setstate((version, tuple(words), gauss))
+        name, keys, *rest = documents[rank]["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(self._resumed.tensors["rng"][f"torch.{rank}"])
+
+
+def _value(metric: Any) -> float:
+    return metric[0] if isinstance(metric, tuple) else metric
+
+
+def _training_arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
+    """Our settings in Hugging Face's words. The process count comes from the launcher."""
+    from accelerate import PartialState
+
+    cpu = not torch.cuda.is_available()
+    processes = PartialState(cpu=cpu).num_processes
+    micro, accumulation = settings.per_process(processes)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.lr_schedule,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        adam_beta2=settings.adam_beta2,
+        adam_epsilon=settings.adam_eps,
+        max_grad_norm=settings.max_grad_norm,
+        optim="adamw_torch_fused",
+        seed=settings.seed,
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 1,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=not cpu,
+        disable_tqdm=True,
+        use_cpu=cpu,
+        bf16=False,
+        eval_strategy="no",
+        activation_checkpointing=settings.activation_checkpointing,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _state_document(state: Any) -> dict[str, Any]:
+    """The loop's own state; times and callbacks are not part of it."""
+    return {
+        "global_step": state.global_step,
+        "max_steps": state.max_steps,
+        "epoch": state.epoch,
+        "num_train_epochs": state.num_train_epochs,
+        "log_history": state.log_history,
+        "logging_steps": state.logging_steps,
+        "save_steps": state.save_steps,
+        "train_batch_size": state.train_batch_size,
+        "stateful_callbacks": {},
+    }
+
+
+def _rng_documents() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
+        "torch": torch.get_rng_state(),
+    }
+
+
+def _parameter_names(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def _plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+
+
+def _optimizer_state(optimizer: Any, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Moments under `<parameter name>::<key>`, and the groups' numbers as JSON."""
+    names = _parameter_names(model)
+    plain = _plain_optimizer(optimizer)
+    tensors = {
+        f"{names[id(parameter)]}::{key}": value
+        for parameter, state in plain.state.items()
+        for key, value in state.items()
+    }
+    groups = [
+        {
+            **{k: v for k, v in group.items() if k != "params"},
+            "params": [names[id(p)] for p in group["params"]],
+        }
+        for group in plain.param_groups
+    ]
+    return tensors, {"groups": groups}
+
+
+def _load_optimizer(
+    optimizer: Any, model: nn.Module, tensors: Mapping[str, Tensor], document: Mapping[str, Any]
+) -> None:
+    """Restore moments by parameter name; raises UserError if the groups hold other parameters."""
+    names = _parameter_names(model)
+    plain = _plain_optimizer(optimizer)
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, slot = key.rpartition("::")
+        by_parameter.setdefault(name, {})[slot] = value
+    for group, saved in zip(plain.param_groups, document["groups"], strict=True):
+        if [names[id(p)] for p in group["params"]] != saved["params"]:
+            raise UserError("the checkpoint's optimizer holds other parameters than this run's.")
+        group.update({k: v for k, v in saved.items() if k != "params" and k != "betas"})
+        group["betas"] = tuple(saved["betas"])
+        for parameter in group["params"]:
+            state = by_parameter.pop(names[id(parameter)], None)
+            if state is not None:
+                plain.state[parameter] = {
+                    slot: value.to(parameter.device) for slot, value in state.items()
+                }
+    if by_parameter:
+        raise UserError(
+            f"the checkpoint has moments of unknown parameters: {sorted(by_parameter)[:3]}"
+        )
+
+
+class SFTTrainer(StageTrainer):
+    """Cross-entropy on the labelled tokens: pretraining when all are, SFT when answers are."""
+
+    def __init__(self, model: nn.Module, settings: TrainSettings, **kwargs: Any) -> None:
+        kwargs.setdefault("stage", "sft")
+        kwargs.setdefault("balance", BalancePolicy.of_model(model))
+        if kwargs.pop("dropout_off", False):
+            disable_dropout(model)
+        super().__init__(model, settings, **kwargs)
+
+    def count_units(self, batch: Mapping[str, Tensor]) -> int:
+        return int((batch["labels"][:, 1:] != -100).sum())
+
+    def objective(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
+        outputs = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        )
+        return language_model_loss(outputs.logits, batch["labels"])
