@@ -242,7 +242,8 @@ def budget(
     name = _name(name_or_config)
     adapted: tuple[Adapted, ...] = ()
     if method != "full":
-        adapted = lora_tensors(model, lora_rank, targets=targets or ALL_LINEAR, name=name)
+        words = ALL_LINEAR if targets is None else targets
+        adapted = lora_tensors(model, lora_rank, targets=words, name=name)
     language = _Role(model, adapted, method=method, dtype=dtype, has_scalar_head=False)
     scored = _Role(model, adapted, method=method, dtype=dtype, has_scalar_head=True)
     if stage == "rm" and scored.adapter != language.adapter:

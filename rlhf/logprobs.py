@@ -21,9 +21,6 @@ from torch.nn.functional import pad
 
 from moe.errors import UserError
 
-# Elements of the float32 work space of one pass (64 MiB), whatever the batch and the vocabulary.
-_CHUNK_ELEMENTS = 2**24
-
 
 def token_logps(logits_BSV: Tensor, ids_BS: Tensor, *, temperature: float = 1.0) -> Tensor:
     """log p(ids[s] | ids[<s]) for every token, logp_BS; entry 0 of each row is 0.
@@ -179,7 +176,9 @@ def _scaled_chunks(logits_TV: Tensor, *, temperature: float) -> Iterator[tuple[s
     """Row ranges of the logits with z = logits / temperature in float32 or float64, z_CV."""
     num_tokens, num_ids = logits_TV.shape
     dtype = torch.promote_types(logits_TV.dtype, torch.float32)
-    step = max(1, _CHUNK_ELEMENTS // max(1, num_ids))
+    # 4 MiB of float32 stay in a CPU's cache: twice as fast as 64 MiB. A GPU wants wide launches.
+    num_elements = 2**20 if logits_TV.device.type == "cpu" else 2**24
+    step = max(1, num_elements // max(1, num_ids))
     for start in range(0, num_tokens, step):
         rows = slice(start, start + step)
         z_CV = logits_TV[rows].to(dtype)

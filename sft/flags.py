@@ -32,6 +32,7 @@ from typing import (
 import yaml
 
 from moe.errors import UserError
+from sft.run import yaml_line
 
 C = TypeVar("C")
 P = ParamSpec("P")
@@ -188,10 +189,10 @@ def _coerce(value: object, kind: Any) -> Any:
         _MismatchError: when the type cannot hold it.
     """
     members = _alternatives(kind)
-    if types.NoneType in members and (
-        value is None or (isinstance(value, str) and value.lower() in _NULL)
-    ):
-        return None
+    if types.NoneType in members:
+        alone = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if alone is None or (isinstance(alone, str) and alone.lower() in _NULL):
+            return None
     members = tuple(member for member in members if member is not types.NoneType)
     if len(members) > 1:
         return _first_that_fits(value, members)
@@ -250,7 +251,7 @@ def _options(config_class: type) -> dict[str, _Option]:
 
 
 def _did_you_mean(word: str, known: Iterable[str], style: str = "{}") -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
     return f". Did you mean {style.format(close[0])}?" if close else ""
 
 
@@ -363,7 +364,9 @@ class _FlagReader:
             self.line.preset = self._one(typed, given)
         elif option := self.words.find(word):
             self._set(option, typed, self._values(option, typed, given))
-        elif word.startswith("no_") and (option := self.words.find(word[3:])) and option.is_switch:
+        elif word.startswith("no_") and (option := self.words.find(word[3:])):
+            if not option.is_switch:
+                raise UserError(f"{typed} is no option, because {option.flag} takes a value.")
             if given:
                 raise UserError(f"{typed} takes no value; write {typed} or {option.flag}.")
             self._set(option, typed, "false")
@@ -598,21 +601,9 @@ def parse(
 # --- What is printed --------------------------------------------------------------------------
 
 
-def _yaml_line(name: str, value: object) -> str:
-    value = [_plain(item) for item in value] if isinstance(value, tuple) else _plain(value)
-    text = yaml.safe_dump(
-        {name: value}, default_flow_style=None, allow_unicode=True, width=float("inf")
-    )
-    return text.rstrip("\n")
-
-
-def _plain(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
-
-
 def _show(config: object, origins: Mapping[str, str], preset: str | None) -> str:
     """Every value and its origin, in YAML that --config reads back."""
-    lines = {name: _yaml_line(name, getattr(config, name)) for name in origins}
+    lines = {name: yaml_line(name, getattr(config, name)) for name in origins}
     width = min(max(map(len, lines.values()), default=0), 48)
     head = [f"# preset {preset}"] if preset is not None and "preset" not in origins else []
     return "\n".join(head + [f"{lines[n]:<{width}}  # {origins[n]}" for n in lines])

@@ -165,6 +165,14 @@ def write_json_atomic(path: Path, value: object) -> None:
     write_text_atomic(path, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
 
 
+def yaml_line(name: str, value: object) -> str:
+    """`name: value` on one line, whatever the value holds."""
+    flow = yaml.safe_dump(
+        [plain(value)], default_flow_style=True, allow_unicode=True, width=float("inf")
+    )
+    return f"{name}: {flow.strip()[1:-1]}"
+
+
 def config_hash(config: object) -> str:
     """16 hex digits that are equal when two configurations are; the order of keys is no difference.
 
@@ -316,7 +324,7 @@ class Run:
             _point_latest(Path(root), folder)
         run = cls(folder=folder, config=values)
         run.set_status("running")
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
+        text = "".join(yaml_line(name, value) + "\n" for name, value in values.items())
         write_text_atomic(folder / _CONFIG, text)
         run.write_json(_ENVIRONMENT, describe_environment())
         return run

@@ -546,7 +546,8 @@ class TextPath:
         if not self._is_forged(ids):
             return ids
         # Some vocabularies hold a special's spelling as an ordinary piece too: cut through it.
-        spellings = sorted(map(str, self.tokenizer.all_special_tokens), key=len, reverse=True)
+        spellings = self.tokenizer.convert_ids_to_tokens(sorted(self._forbidden_ids))
+        spellings = sorted(spellings, key=len, reverse=True)
         pattern = re.compile("|".join(map(re.escape, spellings)))
         cuts = [0, *(match.start() + 1 for match in pattern.finditer(text)), len(text)]
         pieces = [text[start:end] for start, end in itertools.pairwise(cuts)]

@@ -32,6 +32,7 @@ Mode = Literal["online", "offline", "disabled", "none"]
 
 _KEY = re.compile(r"[a-z][a-z0-9_]*/[a-z][a-z0-9_]*(/layer_\d{2,})?")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_COLUMNS = {"step", "stage", "split", "name", "value", "count"}
 _PROJECT = "switchyard"
 _ONLINE_SECONDS = 10.0  # to reach the server at the start
 _UPLOAD_SECONDS = 60.0  # to send what is left at the end
@@ -48,7 +49,7 @@ def _rows_of(lines: Sequence[bytes], path: Path) -> Iterator[tuple[bytes, dict[s
             row = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
             row = None
-        if isinstance(row, dict):
+        if isinstance(row, dict) and row.keys() >= _COLUMNS:
             yield line, row
         elif number < len(lines):
             raise UserError(
@@ -137,8 +138,10 @@ def _mirror_mode(environ: Mapping[str, str]) -> tuple[Mode, str | None]:
     """The mode that neither asks nor raises (online, offline, disabled), and a remark to print."""
     asked = environ.get("WANDB_MODE", "").strip().lower()
     mode = {"dryrun": "offline", "run": "online"}.get(asked, asked)
-    if mode == "offline" or mode == "disabled":
-        return mode, None
+    if mode == "disabled":
+        return "disabled", None
+    if mode == "offline":
+        return "offline", None
     if mode not in ("", "online"):
         return "offline", f"WANDB_MODE={asked} is not online, offline or disabled: logging offline"
     if _has_key(environ):

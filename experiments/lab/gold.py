@@ -41,7 +41,9 @@ REPEATED_BIGRAM_PRICE = 0.5
 # Two sentences of a tale may rightly share a pair of words ("was a", "the leaf").
 FREE_REPEATED_BIGRAMS = 2
 REPEATED_SENTENCE_PRICE = 1.0
-CROWDED_PRICE = 1.0
+# More than the dearest word's worth, so that a bare list of good words never pays.
+CROWDED_PRICE = 1.5
+CROWDED_WITHIN = 2
 UNFINISHED_PRICE = 2.0
 SHORT_WORDS, SHORT_PRICE = 12, 0.1
 LONG_WORDS, LONG_PRICE = 32, 0.05
@@ -51,7 +53,7 @@ LONG_WORDS, LONG_PRICE = 32, 0.05
 RAW_MEAN = 0.28
 RAW_SD = 1.99
 
-_HAN = re.compile(r"[\u4e00-\u9fff]+")
+_HAN_CHARACTER = r"[\u4e00-\u9fff]"
 
 
 class GoldForbidden(RuntimeError):  # noqa: N818 - it names the rule that was broken, not an error
@@ -201,7 +203,7 @@ def _choice_probability(difference: float, *, temperature: float) -> float:
 
 def _parts(text: str, *, ended: bool) -> GoldParts:
     words = re.findall(r"[a-z0-9]+", text.lower())
-    han = _HAN.findall(text)
+    han = re.findall(f"{_HAN_CHARACTER}+", text)
     count = Counter(words) + Counter(_han_mood_words(text))
     # A Chinese word is about two characters long.
     num_words = len(words) + sum(map(len, han)) / 2
@@ -236,10 +238,10 @@ def _han_pattern() -> str:
 
 
 def _num_crowded(text: str) -> int:
-    """Neighbouring pairs of mood words; the grammar itself always puts something between."""
-    spaced = re.sub(f"({_han_pattern()})", r" \1 ", text.lower())
-    moods = [_is_mood(word) for word in re.findall(r"[a-z0-9]+|[\u4e00-\u9fff]+", spaced)]
-    return sum(first and second for first, second in zip(moods, moods[1:], strict=False))
+    """Mood words at most CROWDED_WITHIN places behind another; the grammar's are further apart."""
+    tokens = re.findall(rf"[a-z0-9]+|{_han_pattern()}|{_HAN_CHARACTER}", text.lower())
+    places = [place for place, token in enumerate(tokens) if _is_mood(token)]
+    return sum(b - a <= CROWDED_WITHIN for a, b in zip(places, places[1:], strict=False))
 
 
 def _bigrams(words: list[str], han: list[str]) -> list[tuple[Hashable, ...]]:
@@ -262,5 +264,5 @@ def _grams(items: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
 
 def _units(sequence: str | Sequence[Hashable]) -> Sequence[Hashable]:
     if isinstance(sequence, str):
-        return re.findall(r"[\u4e00-\u9fff]|\w+(?:'\w+)*", sequence.lower(), flags=re.ASCII)
+        return re.findall(rf"{_HAN_CHARACTER}|\w+(?:'\w+)*", sequence.lower(), flags=re.ASCII)
     return sequence

@@ -33,6 +33,7 @@ DEAD = "#00283F"
 FULL_WIDTH, HALF_WIDTH = 7.2, 4.8  # inches; 7.2 in shown at 700 px makes 9 pt text 12 px tall
 MAX_POINTS = 200  # per line; more are averaged in buckets, or a report outgrows its megabyte
 MAX_VECTOR_CELLS = 1500  # beyond this a heat map is one embedded picture instead of paths
+DEAD_SHARE = 0.1  # moe.stats.DEAD_SHARE, repeated because importing it would bring in torch
 LOAD_LIMIT = 2.0  # heat maps end at 2**-2 and 2**2 times the fair share
 
 ORDER = ("base", "few_shot", "pretrain", "sft", "rm", "dpo", "ppo", "best_of_n")
@@ -151,14 +152,14 @@ def curve(rows_by_seed: Iterable[Iterable[Row]], name: str, **fields: str | None
             total = sums.setdefault(bucket(step), [0.0, 0.0])
             total[0] += value * count
             total[1] += count
-        for x, (total_value, total_count) in sums.items():
-            values.setdefault(x, []).append(total_value / total_count)
-    x = sorted(values)
+        for place, (total_value, total_count) in sums.items():
+            values.setdefault(place, []).append(total_value / total_count)
+    places = sorted(values)
     return Curve(
-        x,
-        [mean(values[key]) for key in x],
-        [min(values[key]) for key in x],
-        [max(values[key]) for key in x],
+        places,
+        [mean(values[place]) for place in places],
+        [min(values[place]) for place in places],
+        [max(values[place]) for place in places],
     )
 
 
@@ -167,15 +168,16 @@ def learning_curves(
     name: str,
     *,
     stage: str | None = None,
+    title: str | None = None,
     png: Path | None = None,
 ) -> str:
     """One metric over optimizer steps: a line per arm (mean), a band from min to max over seeds.
 
     Held-out splits are dashed and strong, train beside them is thin.
     """
-    splits = _splits(rows_by_arm_seed, name, stage)
+    splits = splits_of(rows_by_arm_seed, name, stage)
     looks = styles(rows_by_arm_seed)
-    with _figure(f"curve {stage} {name}", (HALF_WIDTH, 3.0)) as figure:
+    with _figure(f"curve {title} {stage} {name}", (HALF_WIDTH, 3.0)) as figure:
         axes = figure.subplots()
         for arm in in_order(rows_by_arm_seed):
             for split in splits:
@@ -198,16 +200,19 @@ def learning_curves(
                 axes.fill_between(
                     line.x, line.low, line.high, color=looks[arm].color, alpha=0.15, lw=0
                 )
-        axes.set_title(f"{label(stage)}: {name}" if stage else name)
+        axes.set_title(title or (f"{label(stage)}: {name}" if stage else name))
         axes.set_xlabel("optimizer step")
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend()
         return _finish(figure, png)
 
 
-def _splits(
-    rows_by_arm_seed: Mapping[str, Mapping[int, Sequence[Row]]], name: str, stage: str | None
+def splits_of(
+    rows_by_arm_seed: Mapping[str, Mapping[int, Sequence[Row]]],
+    name: str,
+    stage: str | None = None,
 ) -> list[str | None]:
+    """The splits in which a metric was measured, train first."""
     found = {
         row.get("split")
         for seeds in rows_by_arm_seed.values()
@@ -305,7 +310,8 @@ def heat_map(
     """Load over fair share, layers down and experts across, one panel per stage, one colour scale.
 
     1 is fair (white), blue below, vermillion above, on a log2 scale cut at 1/4 and 4; an expert
-    that is never chosen has a colour of its own. The numbers stand in the cells where they fit.
+    below a tenth of its share counts as dead and is nearly black. Numbers stand in the cells where
+    they fit.
     Show one seed at a time: expert 3 of one seed is not expert 3 of another.
     """
     import numpy as np
@@ -341,7 +347,7 @@ def heat_map(
             extend="min",
             aspect=45,
             shrink=0.7,
-            label="load / fair share (dark end: never chosen)",
+            label="load / fair share (dark end: dead, below 1/10)",
         )
         bar.ax.set_xticklabels(["1/4", "1/2", "1", "2", "4"])
         bar.outline.set_visible(False)
@@ -371,10 +377,12 @@ def _heat_panel(axes: Axes, load_LE: Any, *, as_picture: bool, with_numbers: boo
     scale = Normalize(-LOAD_LIMIT, LOAD_LIMIT)
     with np.errstate(divide="ignore"):
         log_LE = np.log2(load_LE)
-    # A busy scale end must not read as dead, so only an exact zero stays below the range.
-    shown_LE = np.where(load_LE == 0, -99.0, np.clip(log_LE, -LOAD_LIMIT, LOAD_LIMIT))
+    # Idle must not look dead: only dead experts stay below the range of the scale.
+    dead = -LOAD_LIMIT - 1
+    shown_LE = np.where(load_LE < DEAD_SHARE, dead, np.clip(log_LE, -LOAD_LIMIT, LOAD_LIMIT))
     num_layers, num_experts = load_LE.shape
     box = (-0.5, num_experts - 0.5, num_layers - 0.5, -0.5)
+    shade: Any
     if as_picture:
         shade = axes.imshow(
             shown_LE, cmap=colors, norm=scale, extent=box, aspect="auto", interpolation="none"
@@ -417,9 +425,9 @@ def drift(
     *,
     png: Path | None = None,
 ) -> str:
-    """Distance of each layer's routing from the SFT model: {label: {stage: [[per layer] per seed]}}.
+    """Distance of routing from the SFT model per layer: {title: {stage: [[per layer] per seed]}}.
 
-    One panel per metric, one line per stage (mean), a band from min to max over seeds.
+    One panel per title, one line per stage (mean), a band from min to max over seeds.
     """
     looks = styles(stage for stages in layers_by_metric.values() for stage in stages)
     with _figure("drift", (FULL_WIDTH, 3.2)) as figure:

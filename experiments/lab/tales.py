@@ -28,6 +28,8 @@ MOOD_CLING = 0.35
 # The share of tale documents that show "Prompt: ... / Tale: ..." pairs, which is what makes the
 # base model usable by few-shot prompting; the others are tales in a form that no answer has.
 PAIR_DOCUMENT_SHARE = 0.4
+# Most show a single pair: with other heroes in view a tiny model is slow to learn which to copy.
+PAIRS_PER_DOCUMENT = (1, 1, 1, 1, 1, 2, 3, 4)
 
 Words = dict[str, dict[str, tuple[str, ...]]]
 
@@ -139,6 +141,7 @@ ENGLISH = Language(
         "Tell a tale of {name} the {animal} {place}.",
         "Write about {name}, a {animal} {place}.",
         "Tell me what {name} the {animal} did {place}.",
+        "What happened to {name} the {animal} {place}?",
     ),
     answer=(
         (
@@ -212,21 +215,19 @@ CHINESE = Language(
 )
 
 ENGLISH_NAMES = tuple(
-    "Mia Tom Lily Ben Anna Max Rosa Leo Nina Sam "
-    "Ella Finn Ruby Hugo Ivy Otto Zoe Jack Lulu Pip".split()
+    "Mia Tom Lily Ben Anna Max Rosa Leo Nina Sam Ella Finn Ruby Hugo Ivy Otto".split()
 )
 
 SETTINGS: dict[str, Setting] = {
     "tales_forest": Setting(
         language=ENGLISH,
         names=ENGLISH_NAMES,
-        animals=("fox", "bear", "owl", "deer", "wolf", "hare", "mole", "badger"),
+        animals=("fox", "bear", "owl", "deer", "wolf", "hare"),
         places=(
             "in the forest",
             "by the river",
             "under the oak",
             "on the hill",
-            "near the cave",
             "in the meadow",
         ),
         items=("leaf", "nut", "berry", "feather", "acorn", "stick"),
@@ -234,13 +235,12 @@ SETTINGS: dict[str, Setting] = {
     "tales_sea": Setting(
         language=ENGLISH,
         names=ENGLISH_NAMES,
-        animals=("crab", "seal", "whale", "gull", "turtle", "otter", "squid", "dolphin"),
+        animals=("crab", "seal", "whale", "gull", "turtle", "otter"),
         places=(
             "by the sea",
             "on the beach",
             "near the harbour",
             "on the island",
-            "under the pier",
             "in the bay",
         ),
         items=("shell", "boat", "pearl", "net", "rope", "sail"),
@@ -248,13 +248,12 @@ SETTINGS: dict[str, Setting] = {
     "tales_town": Setting(
         language=ENGLISH,
         names=ENGLISH_NAMES,
-        animals=("cat", "dog", "mouse", "goat", "horse", "hen", "goose", "pony"),
+        animals=("cat", "dog", "mouse", "goat", "horse", "hen"),
         places=(
             "in the town",
             "at the market",
             "near the bridge",
             "by the school",
-            "on the roof",
             "in the garden",
         ),
         items=("hat", "cake", "lamp", "bell", "book", "key"),
@@ -486,7 +485,9 @@ def _pair(combo: Combo, rng: random.Random) -> str:
 
 def _tale_document(heroes: tuple[Combo, ...], rng: random.Random) -> str:
     if rng.random() < PAIR_DOCUMENT_SHARE:
-        return "\n".join(_pair(rng.choice(heroes), rng) for _ in range(rng.randint(1, 3)))
+        return "\n".join(
+            _pair(rng.choice(heroes), rng) for _ in range(rng.choice(PAIRS_PER_DOCUMENT))
+        )
     return plain_tale(rng.choice(heroes), rng)
 
 

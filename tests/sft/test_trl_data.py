@@ -102,14 +102,17 @@ def test_chat_text_is_what_our_chat_template_renders(shared_data: Path) -> None:
     assert chat_text(conversation, tokenizer) == ours + "\n"
 
 
-def test_the_door_neither_opens_at_import_nor_brings_in_the_trainers() -> None:
+def test_importing_the_door_opens_nothing_heavy() -> None:
     program = (
-        "import sys, sft.data, sft.trl_data; assert 'trl' not in sys.modules; "
-        "assert 'torch' not in sys.modules; "
-        "sft.trl_data.extract_prompt('ab', 'ac'); assert 'trl.trainer' not in sys.modules"
+        "import sys, sft.data, sft.trl_data; "
+        "assert not {'trl', 'torch', 'datasets'} & sys.modules.keys()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "" and "Error" not in done.stderr
+    assert done.stdout == "" and done.stderr == ""
