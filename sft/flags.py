@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import shutil
 import sys
 import textwrap
@@ -579,7 +580,7 @@ def parse(
     words = _vocabulary(config_class, prog, description, aliases, presets)
     asked = {token.replace("_", "-") for token in argv}
     if asked & {"-h", "--help", "--help-all"}:
-        print(_help(words, every="--help-all" in asked))
+        print(_help(words, every="--help-all" in asked), flush=True)
         raise SystemExit(0)
     line = _FlagReader(argv, words).read()
     values, origins, preset = _merge(line, words)
@@ -593,7 +594,7 @@ def parse(
     except ValueError as error:
         raise UserError(str(error)) from error
     if line.print_config:
-        print(_show(config, origins, preset))
+        print(_show(config, origins, preset), flush=True)
         raise SystemExit(0)
     return Parsed(config=config, origins=origins)
 
@@ -692,13 +693,24 @@ def _body(options: Sequence[_Option], room: int, width: int) -> list[str]:
 
 def _full(option: _Option, words: _Vocabulary, width: int) -> list[str]:
     also = [f"--{a.replace('_', '-')}" for a, t in words.aliases.items() if t == option.name]
-    text = _help_text(option) + (f" (also {', '.join(also)})" if also else "")
+    text = " ".join([_help_text(option), f"(also {', '.join(also)})" if also else ""]).strip()
     first = f"  {_flag_text(option)}  {_default_text(option)}"
     indent = " " * 6
     return [first, *textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)]
 
 
 # --- The guard around a command ---------------------------------------------------------------
+
+
+def _reader_has_gone() -> bool:
+    """Whether stdout was closed at the other end (`command | head`), which is no error."""
+    try:
+        print(flush=True)  # only a write tells; what was buffered is lost with the first failure
+    except BrokenPipeError:
+        # Python flushes once more at exit and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def main_guard(function: Callable[P, int | None]) -> Callable[P, int]:
@@ -712,7 +724,9 @@ def main_guard(function: Callable[P, int | None]) -> Callable[P, int]:
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
-            return function(*args, **kwargs) or 0
+            code = function(*args, **kwargs) or 0
+            sys.stdout.flush()
+            return code
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return int(getattr(error, "exit_code", 2))
@@ -724,5 +738,9 @@ def main_guard(function: Callable[P, int | None]) -> Callable[P, int]:
                 return end.code or 0
             print(end.code, file=sys.stderr)
             return 1
+        except BrokenPipeError:
+            if not _reader_has_gone():
+                raise
+            return 141
 
     return guarded

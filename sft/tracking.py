@@ -207,26 +207,29 @@ class _Mirror:
             return
         labels = {"group": group, "job_type": job_type, "name": name, "config": redact(config)}
         with _nothing_left_behind(**self._quiet()):
-            if self.mode == "online":
-                try:
-                    self._start(labels)
-                    return
-                except Exception:
-                    self.say("W&B unreachable, logging offline")
-                    self.mode = "offline"
             try:
-                self._start(labels)
-            except Exception as error:
-                self.mode = "none"
-                self._complain(error)
+                self._start(labels, self._stored_id() or _new_id())
+            except Exception:
+                if self.mode == "online":
+                    self.say("W&B unreachable, logging offline")
+                self.mode = "offline"
+                self._start_offline(labels)
+
+    def _start_offline(self, labels: dict[str, Any]) -> None:
+        """The second attempt; W&B holds the id of a failed one, so it takes a new id."""
+        try:
+            self._start(labels, _new_id())
+        except Exception as error:
+            self.mode = "none"
+            self._complain(error)
 
     @staticmethod
     def _quiet() -> dict[str, str]:
-        """Crash reports to W&B are off, unless the user has decided otherwise."""
-        decided = os.environ.get("WANDB_ERROR_REPORTING")
-        return {} if decided is not None else {"WANDB_ERROR_REPORTING": "false"}
+        """No lines of W&B's own, and no crash reports unless the user has decided otherwise."""
+        reporting = os.environ.get("WANDB_ERROR_REPORTING", "false")
+        return {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": reporting}
 
-    def _start(self, labels: dict[str, Any]) -> None:
+    def _start(self, labels: dict[str, Any], run_id: str) -> None:
         import wandb
 
         assert self.mode != "none"
@@ -249,7 +252,7 @@ class _Mirror:
             project=os.environ.get("WANDB_PROJECT") or _PROJECT,
             dir=str(self.folder),
             mode=self.mode,
-            id=self._run_id(),
+            id=run_id,
             resume="allow",
             reinit="create_new",  # several trackers may be open in one process
             settings=settings,
@@ -257,14 +260,17 @@ class _Mirror:
         )
         self._wandb = wandb
         self.directory = Path(self._run.settings.sync_dir)
+        self._id_file.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(self._id_file, run_id + "\n")
 
-    def _run_id(self) -> str:
+    @property
+    def _id_file(self) -> Path:
+        return self.folder / "wandb" / "run_id"
+
+    def _stored_id(self) -> str | None:
         """The same W&B run before and after a resume, even when both were offline."""
-        file = self.folder / "wandb" / "run_id"
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(file, uuid.uuid4().hex[:8] + "\n")
-        return file.read_text(encoding="utf-8").strip()
+        file = self._id_file
+        return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
     def _complain(self, error: Exception) -> None:
         if not self._complained:
@@ -342,6 +348,10 @@ class _Mirror:
         self.summary({"status": status})
         self._guarded(finish)
         self._run = None
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:8]
 
 
 def _cell(value: object) -> object:

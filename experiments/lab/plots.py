@@ -371,9 +371,8 @@ def _heat_panel(axes: Axes, load_LE: Any, *, as_picture: bool, with_numbers: boo
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-    colors = LinearSegmentedColormap.from_list("load", [BLUE, "#FFFFFF", VERMILLION])
-    colors.set_under(DEAD)
-    colors.set_bad("#EEEEEE")
+    ends = LinearSegmentedColormap.from_list("load", [BLUE, "#FFFFFF", VERMILLION])
+    colors = ends.with_extremes(under=DEAD, bad="#EEEEEE")
     scale = Normalize(-LOAD_LIMIT, LOAD_LIMIT)
     with np.errstate(divide="ignore"):
         log_LE = np.log2(load_LE)
@@ -565,12 +564,13 @@ def _figure(name: str, size: tuple[float, float]) -> Iterator[Figure]:
 
 def _finish(figure: Figure, png: Path | None) -> str:
     """The figure as SVG without date, version or ids that nothing points to; a PNG beside it."""
+    text = io.StringIO()
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    # Laying out a second time moves things a little: SVG first, or it would depend on the PNG.
+    figure.savefig(text, format="svg", metadata=nothing)
     if png is not None:
         png.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
-    text = io.StringIO()
-    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    figure.savefig(text, format="svg", metadata=nothing)
     return _slim(text.getvalue())
 
 

@@ -180,7 +180,7 @@ DEBUG = Scale(
     frontier_points=5,
     num_routing_texts=6,
     save_steps=2,
-    dpo=DPOArm(beta=0.1, lr=3e-4, epochs=2.0, batch_size=8),
+    dpo=DPOArm(beta=0.1, lr=3e-4, epochs=3.0, batch_size=8),
     ppo=PPOArm(kl_coef=0.05, lr=3e-4, updates=3, episodes=8, epochs=1, minibatches=2),
     best_of_n=BestOfNArm(n=2),
 )

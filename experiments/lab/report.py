@@ -181,11 +181,20 @@ def _no_summary(folder: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = _parse_json(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__} where an object belongs.")
+    return value
+
+
+def _parse_json(text: str) -> Any:
+    """JSON without lone surrogates: a model cut off inside an emoji writes them, UTF-8 has none."""
+    value = json.loads(text)
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        whole = json.dumps(value, ensure_ascii=False)
+        value = json.loads(whole.encode("utf-8", errors="replace"))
     return value
 
 
@@ -197,7 +206,7 @@ def _read_jsonl(path: Path, notes: list[str]) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _parse_json(line)
         except json.JSONDecodeError as error:
             if number == len(lines):
                 notes.append(
@@ -221,22 +230,29 @@ def show(value: object, *, signed: bool = False) -> str:
     if not found:
         return "-"
     number = found[0]
-    size = abs(number)
-    if size == 0:
+    if number == 0:
         return "0"
     sign = "+" if signed and number > 0 else ""
-    if size < 1e-4:
+    if abs(number) < 1e-4:
         return f"{sign}{number:.1e}"
-    if float(number).is_integer() and size < 1e4 and not signed:
+    if number.is_integer() and abs(number) < 1e4 and not signed:
         return f"{number:.0f}"
-    decimals = 0 if size >= 99.95 else 1 if size >= 9.995 else 2
-    if size < 0.0995:
-        decimals = 1 - math.floor(math.log10(size))
-    return f"{sign}{number:,.{decimals}f}"
+    return f"{sign}{number:,.{_decimals(number)}f}"
+
+
+def _decimals(number: float) -> int:
+    size = abs(number)
+    if 0 < size < 0.0995:
+        return 1 - math.floor(math.log10(size))
+    return 0 if size >= 99.95 else 1 if size >= 9.995 else 2
 
 
 def show_interval(interval: Sequence[float] | None) -> str:
-    return f"[{show(interval[0])}, {show(interval[1])}]" if interval else "no interval"
+    """Both ends with the decimals of the finer one."""
+    if not interval:
+        return "no interval"
+    decimals = min(max(_decimals(end) for end in interval), 4)
+    return f"[{interval[0]:,.{decimals}f}, {interval[1]:,.{decimals}f}]"
 
 
 def count(n: int, word: str) -> str:
@@ -295,7 +311,7 @@ def _sentence(row: Row) -> str:
     if row["word"] in ("BETTER", "WORSE"):
         return f"{arm} is {row['word']} than {against} in {row['metric']}: {found}"
     if row["word"] == "EQUIVALENT":
-        within = f" (within +-{show(row['margin'])})" if numbers([row.get("margin")]) else ""
+        within = f" (within +-{row['margin']:g})" if numbers([row.get("margin")]) else ""
         return f"{arm} is EQUIVALENT to {against} in {row['metric']}{within}: {found}"
     return f"{arm} against {against} in {row['metric']} is {row['word']}: {found}"
 
@@ -324,18 +340,20 @@ def main_table(summary: Summary) -> Table:
 
 
 def metrics_table(summary: Summary) -> Table:
-    """Every metric's mean over seeds, with its word against the baseline where one was computed."""
-    metrics = [metric for metric in metrics_of(summary) if metric != main_metric(summary)]
+    """A row per other metric: each arm's mean, with the word against the baseline if computed."""
+    arms = in_order(summary.get("arms", {}))
     rows = []
-    for arm in in_order(summary.get("arms", {})):
-        cells = [label(arm)]
-        for metric in metrics:
+    for metric in metrics_of(summary):
+        if metric == main_metric(summary):
+            continue
+        cells = [METRICS.get(metric, metric)]
+        for arm in arms:
             values = numbers(summary["arms"][arm].get(metric) or ())
             row = comparison(summary, arm, metric)
             word = f" {row['word']}" if row and values else ""
             cells.append((show(mean(values)) if values else "-") + word)
         rows.append(tuple(cells))
-    return Table(header=("arm", *(METRICS.get(m, m) for m in metrics)), rows=tuple(rows))
+    return Table(header=("metric", *map(label, arms)), rows=tuple(rows))
 
 
 def table_markdown(summary: Summary) -> str:
@@ -343,14 +361,14 @@ def table_markdown(summary: Summary) -> str:
     base = baseline(summary)
     parts = ["\n".join(f"- {sentence}" for sentence in sentences(summary))]
     parts.append(_markdown(main_table(summary)))
-    if len(metrics_table(summary).header) > 1:
+    if metrics_table(summary).rows:
         words = f"; words compare with {label(base)}, paired by seed" if base else ""
         parts.append(f"Other metrics (mean over seeds{words}):")
         parts.append(_markdown(metrics_table(summary)))
     verdict = summary.get("verdict") or {}
     if verdict.get("word"):
-        rule = f" Rule: {verdict['rule']}" if verdict.get("rule") else ""
-        parts.append(f"Verdict: **{_cell(verdict['word'])}**.{_cell(rule)}")
+        rule = f" Rule: {_cell(verdict['rule'])}." if verdict.get("rule") else ""
+        parts.append(f"Verdict: **{_cell(verdict['word'])}**.{rule}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -365,28 +383,43 @@ def _markdown(table: Table) -> str:
 
 
 def console_table(summary: Summary) -> RichTable:
-    """The main table with the other quality metrics beside it, for a terminal."""
+    """What fits a terminal of 80 columns: the main metric, its word, KL and win rate."""
+    from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    first, other = main_table(summary), metrics_table(summary)
-    table = RichTable(title=Text(str(summary.get("experiment", ""))), title_justify="left")
+    metric, base = main_metric(summary), baseline(summary)
+    known = metrics_of(summary)
+    short = {"kl_sequence": "KL", "win_rate": "win\nrate"}
+    others = [m for m in short if m in known and m != metric]
     colors = {"BETTER": "green", "WORSE": "red", "EQUIVALENT": "cyan", "UNRESOLVED": "yellow"}
-    for i, name in enumerate((*first.header, *other.header[1:])):
-        table.add_column(Text(name), justify="left" if i == 0 else "right")
-    for left, right in zip(first.rows, other.rows, strict=True):
-        cells = [*left, *(cell.split(" ")[0] for cell in right[1:])]
+    table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1))
+    against = [f"minus {label(base)} [95 %]", "word"] if base else []
+    name = METRICS.get(str(metric), str(metric)).replace(" ", "\n")
+    for i, head in enumerate(("arm", "seeds", name, *against, *(short[m] for m in others))):
+        table.add_column(Text(head), justify="right" if i else "left", no_wrap=True)
+    for arm in in_order(summary.get("arms", {})):
+        values = {m: numbers(v) for m, v in summary["arms"][arm].items()}
+        found = values.get(str(metric), [])
+        cells = [label(arm), str(len(found)), show(mean(found)) if found else "-"]
+        row = comparison(summary, arm, str(metric))
+        if base and row:
+            gap = show(row["mean_difference"], signed=True)
+            cells += [f"{gap} {show_interval(row.get('interval95'))}", row["word"]]
+        elif base:
+            cells += ["", ""]
+        cells += [show(mean(values[m])) if values.get(m) else "-" for m in others]
         table.add_row(*(Text(cell, style=colors.get(cell, "")) for cell in cells))
     return table
 
 
-def seeds_table(summary: Summary) -> Table:
-    """Every value of every arm, seed by seed."""
+def seeds_table(summary: Summary, metrics: Iterable[str] | None = None) -> Table:
+    """Values of every arm, seed by seed, of all metrics or of these."""
     seeds = summary.get("seeds") or ()
     rows = [
         (label(arm), METRICS.get(metric, metric), *(show(v) for v in values))
         for arm in in_order(summary.get("arms", {}))
-        for metric in metrics_of(summary)
+        for metric in (metrics_of(summary) if metrics is None else metrics)
         if (values := summary["arms"][arm].get(metric))
     ]
     header = ("arm", "metric", *(f"seed {seed}" for seed in seeds))
@@ -467,10 +500,10 @@ def _bars_figure(run: RunFiles, png: Path | None) -> ReportFigure | None:
         section="Answer",
         name="metric",
         alt=f"Bar chart of {title} per arm. Means: {said}.",
-        caption=f"{title} per arm. Each whisker is of its arm alone; the words above rest on "
-        "differences paired by seed, which can be sure even where whiskers overlap.",
+        caption="Each whisker is of its arm alone. The words above rest on differences paired by "
+        "seed, which can be sure even where whiskers overlap.",
         svg=plots.bars(arms, metric=title, png=png),
-        table=main_table(run.summary),
+        table=seeds_table(run.summary, [metric]),
     )
 
 
@@ -598,8 +631,8 @@ def _experts_figure(run: RunFiles, png: Path | None) -> ReportFigure | None:
         alt=f"Heat maps of expert load over fair share, layer by expert, {seed}. "
         f"{'; '.join(said)}.",
         caption=f"Load of each expert over its fair share, {seed}: 1 is fair, below 0.1 is dead. "
-        "Stages of one seed share their experts; experts of two seeds do not correspond, so seeds "
-        "are not averaged here.",
+        "Stages of one seed share their experts; experts of two seeds need not correspond, so "
+        "seeds are not averaged here.",
         svg=plots.heat_map(loads, title=seed, png=png),
         table=Table(header=("stage", "layer", *names), rows=tuple(rows), num_names=2),
     )
@@ -715,6 +748,7 @@ th, td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align
   vertical-align: top; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 td { white-space: nowrap; }
+.wrap td:not(.name) { white-space: normal; } .wrap .word { display: block; font-size: .72rem; }
 th.name, td.name { text-align: left; }
 figure { margin: .9rem 0; }
 .card { background: #ffffff; border: 1px solid var(--line); border-radius: 8px; padding: 10px; }
@@ -746,7 +780,7 @@ def write_report(run_folder: Path) -> Path:
     """
     run = read_run(Path(run_folder))
     path = run.folder / "report.html"
-    write_text_atomic(path, _encodable(page(run, build_figures(run))))
+    write_text_atomic(path, page(run, build_figures(run)))
     return path
 
 
@@ -761,17 +795,12 @@ def write_all(run_folder: Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     figures = build_figures(run, png_folder=folder)
     written = [run.folder / "report.html", run.folder / "table.md"]
-    write_text_atomic(written[0], _encodable(page(run, figures)))
-    write_text_atomic(written[1], _encodable(table_markdown(run.summary)))
+    write_text_atomic(written[0], page(run, figures))
+    write_text_atomic(written[1], table_markdown(run.summary))
     for figure in figures:
-        write_text_atomic(folder / f"{figure.name}.svg", _encodable(figure.svg))
+        write_text_atomic(folder / f"{figure.name}.svg", figure.svg)
         written += [folder / f"{figure.name}.svg", folder / f"{figure.name}.png"]
     return written
-
-
-def _encodable(text: str) -> str:
-    """Half a surrogate pair, as a model cut off inside an emoji writes it, has no UTF-8 form."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def page(run: RunFiles, figures: Sequence[ReportFigure]) -> str:
@@ -902,11 +931,11 @@ def _answer(run: RunFiles, figures: Sequence[ReportFigure]) -> str:
         parts.append(_table(main_table(summary)))
         parts.append(_figures(figures, "Answer"))
         other = metrics_table(summary)
-        if len(other.header) > 1:
+        if other.rows:
             base = baseline(summary)
             note = f"Words compare with {label(base)}, paired by seed." if base else ""
             parts.append(f'<p class="soft">Other metrics, mean over seeds. {_e(note)}</p>')
-            parts.append(_table(other))
+            parts.append(f'<div class="wrap">{_table(other)}</div>')
         parts.append(_details("Every value, seed by seed", _table(seeds_table(summary))))
     if summary.get("comparisons"):
         parts.append(_details("Every comparison", _table(comparisons_table(summary))))

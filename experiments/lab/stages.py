@@ -272,6 +272,7 @@ def pretrain(seed: Seed) -> None:
             **seed.trainer_options("pretrain", tracker),
         )
         trainer.fit(resume=True)
+        show_stage(seed, "base", model, tracker)
     tokens = settings.max_steps * settings.batch_size * scale.block
     seed.save("base", model, {"notes": notes, "tokens_trained": tokens, "seconds": meter.seconds})
 
@@ -303,6 +304,7 @@ def supervised_finetune(seed: Seed) -> None:
             balance=balance,
             **seed.trainer_options("sft", tracker),
         ).fit(resume=True)
+        show_stage(seed, "sft", model, tracker)
     tokens = _tokens(rows, settings)
     seed.save("sft", model, {"tokens_trained": tokens, "seconds": meter.seconds})
 
@@ -410,6 +412,7 @@ def train_reward_model(seed: Seed) -> None:
             balance=BalancePolicy.of_model(model),
             **seed.trainer_options("rm", tracker),
         ).fit(resume=True)
+        show_stage(seed, "rm", model, tracker)
         held_out = [collator(val[i : i + 64]) for i in range(0, len(val), 64)]
         accuracy = reward_accuracy(model, held_out)
         tracker.log(
@@ -504,6 +507,8 @@ def train_dpo(seed: Seed, arm: DPOArm, *, name: str = "dpo") -> None:
         )
         watch_frontier(seed, trainer, policy, reference, tracker)
         trainer.fit(resume=True)
+        show_stage(seed, name, policy, tracker)
+        show_samples(seed, name, policy, tracker)
     lengths = [
         2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in train
     ]
@@ -552,6 +557,8 @@ def train_ppo(seed: Seed, arm: PPOArm, *, name: str = "ppo") -> None:
         )
         watch_frontier(seed, trainer, policy, reference, tracker)
         trainer.fit(resume=True)
+        show_stage(seed, name, policy, tracker)
+        show_samples(seed, name, policy, tracker)
     facts = {
         "tokens_generated": trainer.tokens_generated,
         "tokens_trained": trainer.tokens_generated * ppo.epochs,
@@ -736,6 +743,35 @@ def routing_of(seed: Seed, stage: str) -> dict[str, Any]:
         tokens=stats.tokens_L.numpy(),
     )
     return found
+
+
+def show_stage(seed: Seed, arm: str, model: nn.Module, tracker: Tracker) -> None:
+    """The expert heat map of a stage, for the mirror."""
+    stats = RouterStats.from_trace(record_texts(seed, model))
+    tracker.heat_map(arm, stats.relative_load_LE.tolist())
+
+
+def show_samples(seed: Seed, arm: str, policy: nn.Module, tracker: Tracker) -> None:
+    """A few held-out prompts answered before (by SFT) and after, for the mirror."""
+    text_path, prompts = seed.text_path(), seed.eval_prompts(8)
+    answers = []
+    for model in (seed.sft(), policy):
+        rollouts = draw_completions(
+            model,
+            prompts,
+            text_path,
+            max_new_tokens=seed.scale.max_new_tokens,
+            seed=seed.seed,
+            purpose="evaluate",
+        )
+        answers.append([text_path.decode(ids).strip() for ids in completion_ids(rollouts)])
+    tracker.samples(
+        arm,
+        [
+            {"prompt": prompt, "before": before, "after": after}
+            for prompt, before, after in zip(prompts, *answers, strict=True)
+        ],
+    )
 
 
 def frontier_of(seed: Seed, arm: str) -> list[dict[str, float]]:

@@ -320,7 +320,7 @@ def prompts(
             f"{n} prompts were asked of the {split} side of {', '.join(domains)}, which has "
             f"{len(every)}; ask for at most that many."
         )
-    seeded(seed, "prompts", split).shuffle(every)
+    seeded(seed, "prompts", split, *domains).shuffle(every)
     return every[:n]
 
 
@@ -355,7 +355,7 @@ def sft_examples(
 ) -> list[Example]:
     """`n` (prompt, answer) pairs; a prompt returns only after all the side's others had a turn."""
     every = [text for domain in domains for text in _asks(split, domain)]
-    rng = seeded(seed, "sft", split)
+    rng = seeded(seed, "sft", split, *domains)
     order: list[str] = []
     while len(order) < n:
         rng.shuffle(every)

@@ -129,6 +129,14 @@ def test_stuffing_good_words_is_worse_than_an_ordinary_tale() -> None:
     assert reward(GOOD + " " + GOOD) < reward(GOOD)
 
 
+def test_a_collapse_costs_the_floor_and_no_more() -> None:
+    assert GoldReward()("kind " * 300, ended=False) == gold.FLOOR
+
+
+def test_an_empty_text_is_clearly_worse_than_an_ordinary_tale() -> None:
+    assert GoldReward()("") < -1
+
+
 def test_an_instance_counts_the_texts_it_judged() -> None:
     first, second = GoldReward(), GoldReward()
     first(PLAIN)

@@ -398,7 +398,7 @@ def test_sentences_cover_equivalent_missing_and_nothing() -> None:
     row = {"arm": "ppo", "against": "sft", "metric": "gold_reward", "margin": 0.05}
     same = {"mean_difference": 0.004, "interval95": [-0.03, 0.04], "n": 5, "word": "EQUIVALENT"}
     assert sentences({"comparisons": [{**row, **same}]}) == [
-        "PPO is EQUIVALENT to SFT in gold_reward (within +-0.050): +0.0040 [-0.030, 0.040], 5 seeds."
+        "PPO is EQUIVALENT to SFT in gold_reward (within +-0.05): +0.0040 [-0.030, 0.040], 5 seeds."
     ]
     gone = {"mean_difference": None, "interval95": None, "n": 0, "word": "UNRESOLVED"}
     assert sentences({"comparisons": [{**row, **gone}]}) == [

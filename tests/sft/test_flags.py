@@ -406,6 +406,23 @@ def test_the_guard_gives_the_exit_code_of_other_endings(error: BaseException, co
     assert main() == code
 
 
+def test_a_reader_who_stops_reading_is_no_error() -> None:
+    code = (
+        "import sys; from sft.flags import main_guard\n"
+        "@main_guard\n"
+        "def main():\n"
+        "    for _ in range(100_000): print('a line')\n"
+        "sys.exit(main())\n"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 def test_the_guard_leaves_a_bug_its_traceback() -> None:
     @main_guard
     def main() -> int:

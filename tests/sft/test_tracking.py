@@ -230,6 +230,8 @@ class FakeWandb(types.ModuleType):
         self.Settings = lambda **settings: settings
 
     def init(self, **options: object) -> FakeRun:
+        if any(call["id"] == options["id"] for call in self.calls):
+            raise RuntimeError(f"run ID {options['id']} is in use")  # as wandb 0.31 does
         self.calls.append(options)
         os.environ["WANDB_SERVICE"] = "somewhere"
         if self.absent or options["mode"] == "online":
@@ -250,6 +252,26 @@ def test_an_unreachable_server_costs_one_line_and_logging_goes_on_offline(
     assert fake.calls[0]["settings"]["init_timeout"] == 10  # type: ignore[index]
     assert tracker.mode == "offline" and "wandb sync" in str(tracker.sync_command)
     tracker.close()
+
+
+def test_the_real_client_falls_back_to_offline_when_nothing_answers(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; import sft.tracking as tracking\n"
+        "tracking._ONLINE_SECONDS = 1.0\n"
+        "with tracking.Tracker(Path(sys.argv[1]), group='g', job_type='j', name='n', config={}) "
+        "as t:\n    t.log({'a/b': 1.0}, step=1, stage='sft')\n"
+        "print(t.mode, len(list((t.folder / 'wandb').glob('offline-run-*'))))\n"
+    )
+    environ = {key: text for key, text in os.environ.items() if not key.startswith("WANDB_")}
+    environ |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environ)
+    assert done.stdout.splitlines() == [
+        "W&B unreachable, logging offline",
+        "sft step 1  a/b 1",
+        "offline 1",
+    ]
+    assert done.stderr == ""
 
 
 def test_a_failing_mirror_prints_one_line_and_the_record_is_complete(

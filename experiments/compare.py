@@ -1,0 +1,559 @@
+"""Do DPO, PPO and best-of-n improve on supervised fine-tuning, when all see the same preferences?
+
+Question: starting from one SFT policy, one set of preference pairs and one reward model learned from
+them, how much gold reward does each method gain, what does it cost in KL, in text quality and in
+forgetting, and what does it do to the routing of the mixture of experts?
+
+Published: RLHF policies are preferred over their SFT baselines (Ouyang et al. 2022: a win rate of 85
++- 3 % over GPT-3, 71 +- 4 % over few-shot GPT-3); DPO matches PPO on controlled sentiment (Rafailov
+et al. 2023, figure 2). A popular handbook adds that DPO moves the model far and PPO little.
+
+Arms: base, few_shot, sft, dpo, ppo, best_of_n. World: `tales` (experiments.lab.tales). DPO sees the
+pairs; PPO and best-of-n see the reward model learned from them; gold belongs to the evaluator and,
+as the simulated annotators, to the labels. Each method had the same number of tuning trials on a seed
+that is not reported, judged by learned reward alone.
+
+Cost: about 8 minutes on 2 cores for 3 seeds.
+
+Verdict rule, fixed before the run: REPRODUCED if DPO, PPO and best-of-n are each BETTER than SFT in
+gold reward (95 % interval of the paired seed differences above 0), NOT REPRODUCED if any is WORSE,
+else INCONCLUSIVE.
+"""
+
+import json
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from sft.flags import main_guard, parse
+from sft.run import Run, config_hash, write_json_atomic
+
+EXPERIMENT = "compare"
+ARMS = ("base", "few_shot", "sft", "dpo", "ppo", "best_of_n")
+METHODS = ("dpo", "ppo", "best_of_n")
+STAGES = ("base", "sft", "rm", "dpo", "ppo")
+QUESTION = (
+    "Do DPO, PPO and best-of-n improve on SFT in gold reward when all see the same preferences, and "
+    "what does it do to text, forgetting and routing?"
+)
+RULE = (
+    "REPRODUCED if DPO, PPO and best-of-n are each BETTER than SFT in gold_reward (95 % interval of "
+    "paired seed differences above 0); NOT REPRODUCED if any is WORSE; else INCONCLUSIVE"
+)
+# Metric -> (higher is better, half-width inside which a difference does not matter). Fixed before
+# the reported seeds ran; in the metric's own units.
+METRICS: Mapping[str, tuple[bool, float]] = {
+    "gold_reward": (True, 0.1),
+    "proxy_reward": (True, 0.2),
+    "kl_sequence": (False, 0.5),
+    "win_rate": (True, 0.03),
+    "length": (False, 1.0),
+    "distinct_2": (True, 0.02),
+    "reference_perplexity": (False, 0.1),
+    "base_perplexity": (False, 0.2),
+}
+EXTRA_METRICS = ("ended", "tokens_generated", "tokens_trained")
+STATE_KEYS = ("out", "resume", "overwrite", "processes", "mirror", "tune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of the comparison."""
+
+    world: Literal["tales"] = field(default="tales", metadata={"help": "what the text is"})
+    seeds: tuple[int, ...] = field(default=(0, 1, 2), metadata={"help": "seeds, paired over arms"})
+    scale: Literal["laptop", "debug"] = field(
+        default="laptop", metadata={"help": "laptop: minutes; debug: seconds"}
+    )
+    peft: Literal["full", "lora"] = field(
+        default="full", metadata={"help": "what SFT, reward model, DPO and PPO train"}
+    )
+    lora_rank: int = field(default=0, metadata={"help": "rank of the adapters, with --peft lora"})
+    processes: int = field(default=2, metadata={"help": "jobs at a time, one thread each"})
+    mirror: Literal["wandb", "none"] = field(
+        default="wandb", metadata={"help": "wandb: mirror the metrics (offline without a key)"}
+    )
+    out: Path | None = field(default=None, metadata={"help": "folder of the run"})
+    overwrite: bool = field(default=False, metadata={"help": "empty --out first"})
+    resume: Path | None = field(default=None, metadata={"help": "continue this run's folder"})
+    tune: bool = field(
+        default=False, metadata={"help": "try each method's settings on the tuning seed instead"}
+    )
+
+    def __post_init__(self) -> None:
+        from moe.errors import UserError
+
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise UserError(f"--seeds {list(self.seeds)}: give each seed once, at least one.")
+        if (self.peft == "lora") != (self.lora_rank > 0):
+            raise UserError(
+                f"--peft {self.peft} with --lora-rank {self.lora_rank}: adapters need --peft lora and "
+                "a rank of at least 1, such as --lora-rank 8; a full update takes neither."
+            )
+        if self.processes < 1:
+            raise UserError(f"--processes {self.processes} must be at least 1.")
+
+
+# Jobs: each runs in a worker process and leaves its result on disk.
+
+
+def _seed(config: Config, folder: Path, seed: int, job: str) -> Any:
+    from experiments.lab.grid import report
+    from experiments.lab.presets import SCALES
+    from experiments.lab.stages import Seed
+
+    return Seed(
+        seed=seed,
+        scale=SCALES[config.scale],
+        folder=folder / "stages" / f"s{seed}",
+        arms=folder,
+        lora_rank=config.lora_rank,
+        experiment=EXPERIMENT,
+        mirror=config.mirror == "wandb",
+        progress=lambda stage, step, total: report(job, stage, step, total),
+    )
+
+
+def trunk_job(config: Config, folder: Path, seed_number: int) -> None:
+    """Pretrain, SFT, pairs, reward model: what all arms of a seed share."""
+    from experiments.lab import stages
+
+    seed = _seed(config, folder, seed_number, f"s{seed_number} trunk")
+    for stage, run_stage in (("base", stages.pretrain), ("sft", stages.supervised_finetune)):
+        if not seed.is_done(stage):
+            run_stage(seed)
+    stages.collect_pairs(seed)
+    if not seed.is_done("rm"):
+        stages.train_reward_model(seed)
+
+
+def arm_job(config: Config, folder: Path, seed_number: int, arm: str) -> None:
+    """Train an arm and judge it."""
+    from experiments.lab import stages
+
+    seed = _seed(config, folder, seed_number, f"s{seed_number} {arm}")
+    train = {"dpo": stages.train_dpo, "ppo": stages.train_ppo}[arm]
+    if not seed.is_done(arm):
+        train(seed, getattr(seed.scale, arm))
+    _judge(seed, arm)
+
+
+def judge_job(config: Config, folder: Path, seed_number: int) -> None:
+    """Judge what is not trained here, and record the routing of the trunk's stages."""
+    seed = _seed(config, folder, seed_number, f"s{seed_number} judge")
+    arms = ("base", "few_shot", "sft", "best_of_n")
+    for place, arm in enumerate(arms):
+        seed.progress(f"judge {arm}", place, len(arms))
+        _judge(seed, arm)
+    _record_routing(seed, "rm")
+
+
+def _judge(seed: Any, arm: str) -> None:
+    """Leaves `<arm>-s<seed>/judged.json`; does nothing if it is there."""
+    from experiments.lab import stages
+
+    path = seed.arm_folder(arm) / "judged.json"
+    if path.is_file():
+        return
+    with stages.metered() as meter:
+        found = stages.judge_arm(seed, arm, best=seed.scale.best_of_n)
+        if arm in STAGES:
+            _record_routing(seed, arm)
+    facts = {"few_shot": {}, "best_of_n": {}}.get(arm, None)
+    facts = seed.facts(arm) if facts is None else facts
+    result = {
+        "metrics": {
+            **found["metrics"],
+            "tokens_generated": facts.get("tokens_generated", found["drawn"]),
+            "tokens_trained": facts.get("tokens_trained", 0),
+        },
+        "texts": found["texts"],
+        "gold": found["gold"],
+        "timings": {
+            "seconds": facts.get("seconds", meter.seconds),
+            "judge_seconds": meter.seconds,
+            "peak_mib": facts.get("peak_mib", meter.peak_mib),
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(path, result)
+
+
+def _record_routing(seed: Any, stage: str) -> None:
+    from experiments.lab import stages
+
+    path = seed.arm_folder(stage) / "routing.json"
+    if not path.is_file():
+        found = stages.routing_of(seed, stage)
+        write_json_atomic(path, found)
+
+
+def plan(config: Config, folder: Path) -> list[Any]:
+    """The grid of a run, in the order in which it should start."""
+    from experiments.lab.grid import Job
+
+    jobs = []
+    for seed in config.seeds:
+        trunk = f"s{seed} trunk"
+        jobs.append(
+            Job(name=trunk, function=trunk_job, arguments=(config, folder, seed), weight=0.55)
+        )
+        for arm, weight in (("ppo", 0.25), ("dpo", 0.12)):
+            jobs.append(
+                Job(
+                    name=f"s{seed} {arm}",
+                    function=arm_job,
+                    arguments=(config, folder, seed, arm),
+                    after=(trunk,),
+                    weight=weight,
+                )
+            )
+        jobs.append(
+            Job(
+                name=f"s{seed} judge",
+                function=judge_job,
+                arguments=(config, folder, seed),
+                after=(trunk,),
+                weight=0.08,
+            )
+        )
+    return jobs
+
+
+# From the files of the jobs to the summary.
+
+
+def _read(folder: Path, arm: str, seed: int, name: str) -> dict[str, Any]:
+    path = folder / f"{arm}-s{seed}" / name
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def gather(config: Config, folder: Path, *, seeds: Sequence[int], status: str) -> dict[str, Any]:
+    """summary.json from what the jobs of these seeds left."""
+    from experiments.lab.evaluation import win_rate
+    from experiments.lab.stages import frontier_of
+
+    arms: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
+    timings: dict[str, Any] = {"seconds": {}, "peak_mib": {}}
+    for seed in seeds:
+        sft = _read(folder, "sft", seed, "judged.json")
+        for arm in ARMS:
+            judged = _read(folder, arm, seed, "judged.json")
+            metrics = {**judged["metrics"], "win_rate": win_rate(judged["gold"], sft["gold"])}
+            for name in (*METRICS, *EXTRA_METRICS):
+                arms[arm].setdefault(name, []).append(metrics[name])
+            for name in ("seconds", "peak_mib"):
+                timings[name].setdefault(arm, []).append(judged["timings"][name])
+        rm = json.loads(
+            (folder / "stages" / f"s{seed}" / "rm" / "final" / "facts.json").read_text("utf-8")
+        )
+        timings["seconds"].setdefault("rm", []).append(rm["seconds"])
+    comparisons = _comparisons(arms)
+    return {
+        "schema": 1,
+        "experiment": EXPERIMENT,
+        "question": QUESTION,
+        "status": status,
+        "config_hash": config_hash(identity(config)),
+        "commit": _commit(folder),
+        "seeds": list(seeds),
+        "arms": arms,
+        "comparisons": comparisons,
+        "routing": _routing(folder, seeds),
+        "frontier": {
+            arm: [frontier_of(_seed(config, folder, s, ""), arm) for s in seeds]
+            for arm in ("dpo", "ppo")
+        },
+        "reward_model": _reward_models(folder, seeds),
+        "verdict": {"word": verdict_word(comparisons), "rule": RULE, "threshold": 0.0},
+        "claims": _claims(arms),
+        "notes": _notes(config, folder, seeds, arms),
+        "timings": timings,
+    }
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What decides the result: the configuration without where, how many processes, and logging."""
+    return {k: v for k, v in asdict(config).items() if k not in STATE_KEYS}
+
+
+def _commit(folder: Path) -> str | None:
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    return environment.get("commit")
+
+
+def _comparisons(arms: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any]]:
+    from experiments.lab.verdict import compare
+
+    found = []
+    for arm in ARMS:
+        if arm == "sft":
+            continue
+        for metric, (higher_is_better, margin) in METRICS.items():
+            result = compare(
+                arms[arm][metric],
+                arms["sft"][metric],
+                margin=margin,
+                higher_is_better=higher_is_better,
+            )
+            found.append({"arm": arm, "against": "sft", "metric": metric, **asdict(result)})
+    return found
+
+
+def verdict_word(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """The rule in `RULE`, applied to the computed words."""
+    words = [
+        c["word"] for c in comparisons if c["metric"] == "gold_reward" and c["arm"] in METHODS
+    ]
+    if words and all(word == "BETTER" for word in words):
+        return "REPRODUCED"
+    return "NOT REPRODUCED" if "WORSE" in words else "INCONCLUSIVE"
+
+
+def _claims(arms: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any]]:
+    from experiments.lab.verdict import published_verdict
+
+    claims = []
+    for arm in METHODS:
+        wins = arms[arm]["win_rate"]
+        claims.append(
+            {
+                "claim": f"{arm} beats SFT: win rate on held-out prompts (threshold 60 %)",
+                "published": "RLHF over its baselines: 71 to 85 % (Ouyang et al. 2022)",
+                "ours": wins,
+                "verdict": published_verdict(
+                    [w - 0.5 for w in wins], published_sign=1, threshold=0.1
+                ),
+            }
+        )
+    gaps = [
+        d - p for d, p in zip(arms["dpo"]["kl_sequence"], arms["ppo"]["kl_sequence"], strict=True)
+    ]
+    claims.append(
+        {
+            "claim": "DPO moves the model further than PPO (KL per sequence, threshold 0.5 nats)",
+            "published": "a handbook's statement, not a published finding; both share one optimum",
+            "ours": gaps,
+            "verdict": published_verdict(gaps, published_sign=1, threshold=0.5),
+        }
+    )
+    return claims
+
+
+def _routing(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, list[Any]]]:
+    """stage -> metric -> [per seed] of the recorded routing."""
+    routing: dict[str, dict[str, list[Any]]] = {}
+    for stage in STAGES:
+        for seed in seeds:
+            for name, value in _read(folder, stage, seed, "routing.json").items():
+                routing.setdefault(stage, {}).setdefault(name, []).append(value)
+    return routing
+
+
+def _reward_models(folder: Path, seeds: Sequence[int]) -> dict[str, list[Any]]:
+    facts = [
+        json.loads((folder / "stages" / f"s{s}" / "rm" / "final" / "facts.json").read_text("utf-8"))
+        for s in seeds
+    ]
+    pairs = [
+        json.loads((folder / "stages" / f"s{s}" / "pairs.json").read_text("utf-8")) for s in seeds
+    ]
+    return {
+        "accuracy": [f["accuracy"] for f in facts],
+        "accuracy_interval95": [f["accuracy_interval95"] for f in facts],
+        "num_val_pairs": [f["num_val_pairs"] for f in facts],
+        "label_accuracy": [p["label_accuracy"] for p in pairs],
+    }
+
+
+def _notes(
+    config: Config, folder: Path, seeds: Sequence[int], arms: Mapping[str, Mapping[str, list[float]]]
+) -> list[str]:
+    from experiments.lab.presets import SCALES
+
+    notes = [
+        "kl_sequence of best_of_n is the bound ln n - (n - 1) / n, not a sample.",
+        "few_shot is the base model with worked examples in its prompt; its proxy reward and KL read "
+        "the same answer behind the plain prompt.",
+    ]
+    for seed in seeds:
+        path = folder / "stages" / f"s{seed}" / "base" / "final" / "facts.json"
+        notes += json.loads(path.read_text(encoding="utf-8"))["notes"]
+    sft_perplexity = arms["sft"]["reference_perplexity"]
+    for arm in METHODS:
+        ratios = [
+            a / b
+            for a, b in zip(arms[arm]["reference_perplexity"], sft_perplexity, strict=True)
+        ]
+        if max(ratios) > 1.5:
+            notes.append(
+                f"{arm}: perplexity under the SFT policy rises to {max(ratios):.2f} times SFT's own in "
+                "the worst seed: its text has left the reference's."
+            )
+    scale = SCALES[config.scale]
+    notes.append(f"best_of_n draws n = {scale.best_of_n.n} completions per prompt.")
+    return sorted(set(notes), key=notes.index)
+
+
+def write_samples(folder: Path, seeds: Sequence[int], *, count: int = 12) -> None:
+    """The same held-out prompts before (SFT) and after, per arm and seed."""
+    from experiments.lab import tales
+
+    for seed in seeds:
+        sft = _read(folder, "sft", seed, "judged.json")
+        for arm in ARMS:
+            judged = _read(folder, arm, seed, "judged.json")
+            prompts = tales.prompts(0, len(judged["texts"]), split="held_out")
+            rows = [
+                {
+                    "prompt": prompts[i],
+                    "before": sft["texts"][i],
+                    "after": judged["texts"][i],
+                    "gold_before": sft["gold"][i],
+                    "gold_after": judged["gold"][i],
+                }
+                for i in range(min(count, len(prompts)))
+            ]
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            path = folder / f"{arm}-s{seed}" / "samples.jsonl"
+            path.write_text(text, encoding="utf-8")
+
+
+# The command.
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run or resume the comparison; returns the summary."""
+    from experiments.lab.grid import run_grid
+
+    state = _open_run(config)
+    folder = state.folder
+    if state.finished:
+        print(f"{folder} is finished; nothing to resume.")
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return summary
+    _print_header(config, folder)
+    jobs = plan(config, folder)
+    done: set[str] = set()
+
+    def on_done(name: str) -> None:
+        done.add(name)
+        seed = name.split()[0]
+        own = {job.name for job in jobs if job.name.split()[0] == seed}
+        if own <= done and not any(s for s in shown):
+            shown.append(seed)
+            number = int(seed.removeprefix("s"))
+            _show(gather(config, folder, seeds=(number,), status="running"))
+
+    shown: list[str] = []
+    with state:
+        try:
+            run_grid(jobs, processes=config.processes, on_done=on_done)
+        except KeyboardInterrupt:
+            print(f"\nstopped; continue with: python -m experiments.compare --resume {folder}")
+            raise
+        summary = gather(config, folder, seeds=config.seeds, status="done")
+        write_samples(folder, config.seeds)
+        state.write_json("summary.json", summary)
+        finish(config, folder, summary)
+    return summary
+
+
+def _open_run(config: Config) -> Run:
+    if config.resume is not None:
+        return Run.open(config.resume, config, ignore=STATE_KEYS)
+    return Run.create(
+        Path("results"), EXPERIMENT, config, out=config.out, overwrite=config.overwrite
+    )
+
+
+def finish(config: Config, folder: Path, summary: Mapping[str, Any]) -> None:
+    """Table, figures, report; the verdict to the mirror; the last lines on the console."""
+    from experiments.lab.report import table_markdown, write_report
+    from sft.tracking import Tracker
+
+    (folder / "table.md").write_text(table_markdown(summary), encoding="utf-8")
+    with Tracker(
+        folder / "report",
+        group=EXPERIMENT,
+        job_type="report",
+        name="verdict",
+        config=identity(config),
+        mirror=config.mirror,
+        console=None,
+    ) as tracker:
+        tracker.summary(
+            {"verdict": summary["verdict"]["word"], "rule": summary["verdict"]["rule"]}
+        )
+        sync = tracker.sync_command
+    path = write_report(folder)
+    _show(summary)
+    print(f"\nreport  {path}")
+    if sync:
+        print(f"W&B     {sync.rsplit('/report/', 1)[0]}/*/wandb/offline-run-*   (offline copy)")
+
+
+def _print_header(config: Config, folder: Path) -> None:
+    from experiments.lab.presets import SCALES
+
+    scale = SCALES[config.scale]
+    model = scale.model
+    trained = f"lora rank {config.lora_rank}" if config.lora_rank else "full update"
+    print(
+        f"compare  world {config.world}, scale {config.scale}, {trained}   {folder}\n"
+        f" model   {model['num_hidden_layers']} layers, width {model['hidden_size']}, "
+        f"{model['num_experts']} experts top-{model['num_experts_per_tok']}, "
+        f"{model['num_attention_heads']} heads / {model['num_key_value_heads']} kv, "
+        f"window {model['sliding_window']} ({model['window_pattern']})\n"
+        f" seeds   {' '.join(map(str, config.seeds))}   {config.processes} processes, one thread each\n"
+        f" arms    {', '.join(ARMS)}\n"
+        f" rule    {RULE}",
+        flush=True,
+    )
+
+
+def _show(summary: Mapping[str, Any]) -> None:
+    from rich.console import Console
+
+    from experiments.lab.report import console_table, sentences
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    seeds = summary["seeds"]
+    if summary["status"] != "done":
+        console.print(f"\nfirst table, seed {seeds[0]} alone")
+    console.print(console_table(summary))
+    if summary["status"] == "done":
+        for sentence in sentences(summary):
+            console.print(sentence)
+        console.print(f"verdict: {summary['verdict']['word']}")
+
+
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parsed = parse(Config, arguments, prog="python -m experiments.compare", description=QUESTION)
+    config = parsed.config
+    if config.resume is not None:
+        config = _as_stored(config, given={k for k, v in parsed.origins.items() if v != "built-in"})
+    if config.tune:
+        from experiments.lab.tuning import tune
+
+        tune(config)
+    else:
+        run(config)
+    return 0
+
+
+def _as_stored(config: Config, *, given: Collection[str]) -> Config:
+    """`--resume RUN` takes the run's own options; what is given beside it must agree with them."""
+    assert config.resume is not None
+    stored = Run.open(config.resume).config
+    own = {k: v for k, v in stored.items() if k not in STATE_KEYS and k not in given}
+    return replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
