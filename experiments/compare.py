@@ -171,6 +171,7 @@ def _judge(seed: Any, arm: str) -> None:
         },
         "texts": found["texts"],
         "gold": found["gold"],
+        "frontier": stages.judge_frontier(seed, arm),
         "timings": {
             "seconds": facts.get("seconds", meter.seconds),
             "judge_seconds": meter.seconds,
@@ -234,7 +235,6 @@ def _read(folder: Path, arm: str, seed: int, name: str) -> dict[str, Any]:
 def gather(config: Config, folder: Path, *, seeds: Sequence[int], status: str) -> dict[str, Any]:
     """summary.json from what the jobs of these seeds left."""
     from experiments.lab.evaluation import win_rate
-    from experiments.lab.stages import frontier_of
 
     arms: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
     timings: dict[str, Any] = {"seconds": {}, "peak_mib": {}}
@@ -264,7 +264,7 @@ def gather(config: Config, folder: Path, *, seeds: Sequence[int], status: str) -
         "comparisons": comparisons,
         "routing": _routing(folder, seeds),
         "frontier": {
-            arm: [frontier_of(_seed(config, folder, s, ""), arm) for s in seeds]
+            arm: [_read(folder, arm, s, "judged.json")["frontier"] for s in seeds]
             for arm in ("dpo", "ppo")
         },
         "reward_model": _reward_models(folder, seeds),
@@ -541,7 +541,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.tune:
         from experiments.lab.tuning import tune
 
-        tune(config)
+        folder = config.out or Path("results") / EXPERIMENT / f"tuning-{config.peft}"
+        tune(
+            scale=config.scale,
+            lora_rank=config.lora_rank,
+            processes=config.processes,
+            folder=folder,
+        )
     else:
         run(config)
     return 0

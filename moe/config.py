@@ -86,12 +86,11 @@ class MoEConfig(PreTrainedConfig):
                 raise UserError(
                     f"window_pattern {pattern!r} has {''.join(unknown)!r}: use S (window) and L (full)."
                 )
-            letters = (pattern * self.num_hidden_layers)[: self.num_hidden_layers]
-            self.layer_types = [WINDOW_LETTERS[letter] for letter in letters]
+            self.layer_types = self._layer_types(pattern)
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
-        self._check()
         super().__post_init__(**kwargs)
+        self._check()  # after the names that HF maps onto ours (num_local_experts) are in place
 
     @property
     def router_spec(self) -> RouterSpec:
@@ -107,6 +106,10 @@ class MoEConfig(PreTrainedConfig):
         """Indices of the layers whose FFN is a mixture of experts."""
         kinds = self.mlp_layer_types or []
         return tuple(i for i, kind in enumerate(kinds) if kind == "sparse")
+
+    def _layer_types(self, pattern: str) -> list[str]:
+        letters = (pattern * self.num_hidden_layers)[: self.num_hidden_layers]
+        return [WINDOW_LETTERS.get(letter, letter) for letter in letters]
 
     def _check(self) -> None:
         def positive(name: str) -> None:
@@ -149,6 +152,19 @@ class MoEConfig(PreTrainedConfig):
                     f"{name} {kinds} must name each of the {self.num_hidden_layers} layers "
                     f"(num_hidden_layers), each one of {', '.join(allowed)}."
                 )
+        if self.window_pattern and self.layer_types != self._layer_types(self.window_pattern):
+            raise UserError(
+                f"window_pattern {self.window_pattern!r} and layer_types {self.layer_types} "
+                "disagree: give one of them."
+            )
+        if self.hidden_act != "silu":
+            raise UserError(f"hidden_act {self.hidden_act!r} has no effect: experts are 'silu'.")
+        rope: Any = self.rope_parameters or {}
+        if rope.get("rope_type", "default") != "default" or "partial_rotary_factor" in rope:
+            raise UserError(
+                f"rope_parameters {dict(rope)} would have no effect: only rope_type 'default' over "
+                "the whole head is built; set rope_theta alone."
+            )
         if self.rms_norm_eps <= 0:
             raise UserError(f"rms_norm_eps {self.rms_norm_eps} must be above 0.")
         for name in ("load_balancing_coef", "z_loss_coef"):

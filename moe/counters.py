@@ -18,6 +18,8 @@ def _key(seed: int, purpose: str) -> int:
 
 def stream(seed: int, purpose: str, *counters: int) -> np.random.Generator:
     """A generator for one named place; counters (at most 3) are its row, step, epoch ..."""
+    if len(counters) > 3:
+        raise ValueError(f"{len(counters)} counters for {purpose!r}: there is room for 3")
     words = [0, *counters, 0, 0, 0][:4]
     return np.random.Generator(np.random.Philox(key=_key(seed, purpose), counter=words))
 

@@ -9,7 +9,7 @@ Shapes: B batch, P prompt, R response, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,7 @@ def sample(
                 parts = _loop(
                     model, prompt_BP, prompt_mask_BP, uniform_BR, temperature, stop_ids, pad_id, on_token
                 )
+            _name_rows(trace, parts["mask_BR"], rows)
             return Rollout(**parts, routing=trace)
         parts = _loop(
             model, prompt_BP, prompt_mask_BP, uniform_BR, temperature, stop_ids, pad_id, on_token
@@ -103,6 +104,14 @@ def sample(
         return Rollout(**parts)
     finally:
         model.train(was_training)
+
+
+def _name_rows(trace: RoutingTrace, mask_BR: Tensor, rows: list[int]) -> None:
+    """Pass t held the rows that drew token t: after a row has stopped, row numbers name others."""
+    for t, forward in enumerate(trace.forwards):
+        live = mask_BR[:, t].nonzero().squeeze(-1)
+        ids = torch.tensor(rows, device=live.device)[live]
+        trace.forwards[t] = replace(forward, sample_ids=ids)
 
 
 def _loop(

@@ -119,6 +119,10 @@ def _foreign_hooks(model: nn.Module, sink: Any) -> Iterator[None]:
     decoder = _foreign_decoder(model)
     current: list[tuple[Tensor, Tensor, Tensor]] = []
 
+    def on_start(module: nn.Module, args: Any) -> None:
+        # A pass that broke off, or a checkpointed layer's second run in backward, leaves rows.
+        current.clear()
+
     def on_router(module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
         current.append((output[0], output[1], output[2]))
 
@@ -126,7 +130,7 @@ def _foreign_hooks(model: nn.Module, sink: Any) -> Iterator[None]:
         hidden_BSD = output.last_hidden_state
         batch, length = hidden_BSD.shape[:2]
         mask_BS = torch.ones(batch, length, dtype=torch.bool, device=hidden_BSD.device)
-        attention_mask = kwargs.get("attention_mask")
+        attention_mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         if attention_mask is not None and attention_mask.dim() == 2:
             mask_BS = attention_mask[:, -length:].bool()
         mask_T = rearrange(mask_BS, "b s -> (b s)")
@@ -137,6 +141,7 @@ def _foreign_hooks(model: nn.Module, sink: Any) -> Iterator[None]:
         sink(ids, mask_BS, routings)
 
     handles = [router.register_forward_hook(on_router) for router in _foreign(model)]
+    handles.append(decoder.register_forward_pre_hook(on_start))
     handles.append(decoder.register_forward_hook(on_decoder, with_kwargs=True))
     try:
         yield

@@ -9,6 +9,7 @@ Shapes: T tokens, E experts, K experts per token.
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from einops import rearrange
@@ -95,7 +96,9 @@ def top_k_lowest_index(score_TE: Tensor, k: int) -> Tensor:
 def capacity_limit(spec: RouterSpec, num_tokens: int) -> int:
     """Assignments that one expert takes from a batch of `num_tokens` real tokens."""
     assert spec.capacity_factor is not None
-    return math.ceil(spec.capacity_factor * spec.top_k * num_tokens / spec.num_experts)
+    # The factor as the decimal it was written as: in floats 1.1 * 80 / 8 is above 11.
+    exact = Fraction(str(spec.capacity_factor)) * spec.top_k * num_tokens / spec.num_experts
+    return math.ceil(exact)
 
 
 def _within_capacity(expert_TK: Tensor, mask_T: Tensor, spec: RouterSpec) -> Tensor:

@@ -19,7 +19,8 @@ class Router(nn.Linear):
         super().__init__(hidden_size, num_experts, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input.float(), self.weight.float())
+        with torch.autocast(input.device.type, enabled=False):
+            return functional.linear(input.float(), self.weight.float())
 
 
 class SwitchFFN(nn.Module):

@@ -1,6 +1,6 @@
 """One evaluator for every arm: the same held-out prompts, the same measures, the only user of gold.
 
-Completions are judged as text; divergence from the SFT policy is a Monte-Carlo sum of
+Completions are measured first (`measure`: no gold) and judged after training (`judge`: gold); divergence from the SFT policy is a Monte-Carlo sum of
 log-probability differences over the arm's own completions.
 
 Shapes: B prompts, P prompt, R response.
@@ -26,11 +26,20 @@ Gold = Callable[..., float]
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """An arm's completions on the evaluation prompts: metrics, and the rows behind them."""
+    """An arm's completions on some prompts: metrics, and the rows behind them."""
 
     metrics: dict[str, float]
     texts: list[str]
     gold_B: list[float] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Completions and what can be said of them without gold."""
+
+    metrics: dict[str, float]
+    texts: list[str]
+    ended: list[bool]
 
 
 def encode_prompts(prompts: Sequence[str], text_path: TextPath) -> tuple[Tensor, Tensor]:
@@ -108,18 +117,17 @@ def proxy_scores(reward: RewardSource, rollouts: Sequence[Rollout]) -> list[floa
     return scores
 
 
-def judge(
+def measure(
     rollouts: Sequence[Rollout],
     text_path: TextPath,
     *,
-    gold: Gold,
     reward: RewardSource,
     reference: nn.Module,
     policy_logp_B: Sequence[float] | None = None,
     reference_rollouts: Sequence[Rollout] | None = None,
     kl_value: float | None = None,
-) -> Judged:
-    """Judge completions.
+) -> Measured:
+    """What anyone may know of completions: all but gold.
 
     policy_logp_B: log-probability of each completion under the policy that drew it; default what the
     sampler reported. reference_rollouts: the same completions behind the plain prompts, where the arm
@@ -127,17 +135,14 @@ def judge(
     """
     plain = rollouts if reference_rollouts is None else reference_rollouts
     ids = completion_ids(rollouts)
-    texts = [text_path.decode(row).strip() for row in ids]
     ended = [bool(e) for rollout in rollouts for e in rollout.ended_B]
-    gold_B = [gold(text, ended=end) for text, end in zip(texts, ended, strict=True)]
     if policy_logp_B is None:
         policy_logp_B = [float(x) for r in rollouts for x in r.logp_BR.double().sum(dim=1)]
     reference_B = response_logp_sums(reference, plain)
     num_tokens = sum(len(row) for row in ids)
     kl = _mean([p - q for p, q in zip(policy_logp_B, reference_B, strict=True)])
-    return Judged(
+    return Measured(
         metrics={
-            "gold_reward": _mean(gold_B),
             "proxy_reward": _mean(proxy_scores(reward, plain)),
             "kl_sequence": kl if kl_value is None else kl_value,
             "length": num_tokens / len(ids),
@@ -145,7 +150,19 @@ def judge(
             "reference_perplexity": math.exp(-sum(reference_B) / num_tokens),
             "ended": _mean([float(end) for end in ended]),
         },
-        texts=texts,
+        texts=[text_path.decode(row).strip() for row in ids],
+        ended=ended,
+    )
+
+
+def judge(measured: Measured, gold: Gold) -> Judged:
+    """Add gold: the evaluator's privilege, used after training alone."""
+    gold_B = [
+        gold(text, ended=end) for text, end in zip(measured.texts, measured.ended, strict=True)
+    ]
+    return Judged(
+        metrics={"gold_reward": _mean(gold_B), **measured.metrics},
+        texts=measured.texts,
         gold_B=gold_B,
     )
 

@@ -202,6 +202,7 @@ def learning_curves(
                 )
         axes.set_title(title or (f"{label(stage)}: {name}" if stage else name))
         axes.set_xlabel("optimizer step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend()
         return _finish(figure, png)

@@ -40,6 +40,7 @@ METRICS = {
     "kl_sequence": "KL (nats / sequence)",
     "win_rate": "win rate",
     "length": "length (tokens)",
+    "ended": "share that ends",
     "distinct_2": "distinct-2",
     "reference_perplexity": "reference perplexity",
     "base_perplexity": "base perplexity",
@@ -235,8 +236,8 @@ def show(value: object, *, signed: bool = False) -> str:
     sign = "+" if signed and number > 0 else ""
     if abs(number) < 1e-4:
         return f"{sign}{number:.1e}"
-    if number.is_integer() and abs(number) < 1e4 and not signed:
-        return f"{number:.0f}"
+    if number.is_integer() and not signed:
+        return f"{number:,.0f}"
     return f"{sign}{number:,.{_decimals(number)}f}"
 
 
@@ -357,14 +358,17 @@ def metrics_table(summary: Summary) -> Table:
 
 
 def table_markdown(summary: Summary) -> str:
-    """The answer and the two tables as Markdown, for `table.md`."""
+    """The answer and its tables as Markdown, for `table.md`."""
     base = baseline(summary)
     parts = ["\n".join(f"- {sentence}" for sentence in sentences(summary))]
-    parts.append(_markdown(main_table(summary)))
+    if summary.get("arms"):
+        parts.append(_markdown(main_table(summary)))
     if metrics_table(summary).rows:
         words = f"; words compare with {label(base)}, paired by seed" if base else ""
         parts.append(f"Other metrics (mean over seeds{words}):")
         parts.append(_markdown(metrics_table(summary)))
+    if summary.get("claims"):
+        parts.append(_markdown(claims_table(summary)))
     verdict = summary.get("verdict") or {}
     if verdict.get("word"):
         rule = f" Rule: {_cell(verdict['rule'])}." if verdict.get("rule") else ""
@@ -448,6 +452,45 @@ def comparisons_table(summary: Summary) -> Table:
     return Table(header=tuple(header.split(",")), rows=tuple(rows), num_names=4)
 
 
+def claims_table(summary: Summary) -> Table:
+    """Published claims beside ours."""
+    keys = ("claim", "published", "ours", "verdict")
+    rows = tuple(
+        tuple(_claim_cell(claim.get(key)) for key in keys) for claim in summary.get("claims") or ()
+    )
+    return Table(header=keys, rows=rows, num_names=4)
+
+
+def _claim_cell(value: object) -> str:
+    if value is None or isinstance(value, str):
+        return value or "-"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_claim_cell(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_claim_cell(item) for item in value)
+    return show(value)
+
+
+def reward_model_table(summary: Summary) -> Table | None:
+    """What the learned reward is worth, seed by seed, where one was learned."""
+    found = summary.get("reward_model") or {}
+    rows = tuple(
+        (_reward_name(name), *(_reward_cell(value) for value in values))
+        for name, values in found.items()
+    )
+    header = ("measure", *(f"seed {seed}" for seed in summary.get("seeds") or ()))
+    return Table(header=header, rows=rows) if rows else None
+
+
+def _reward_name(name: str) -> str:
+    words = name.removeprefix("num_").replace("_interval95", ", 95 % interval")
+    return words.replace("_", " ")
+
+
+def _reward_cell(value: object) -> str:
+    return show_interval(value) if isinstance(value, list) and len(value) == 2 else show(value)
+
+
 def stage_seconds(timings: Mapping[str, Any]) -> dict[str, list[float | None]]:
     """Seconds per seed for each stage; nested names are joined, memory (`peak`, bytes) left out.
 
@@ -464,7 +507,7 @@ def stage_seconds(timings: Mapping[str, Any]) -> dict[str, list[float | None]]:
         elif isinstance(value, list | tuple):
             found[key] = list(value)
         elif numbers([value]):
-            found[key] = [value]
+            found["whole run" if key == "seconds" else key] = [value]
     return {key: values for key, values in found.items() if numbers(values)}
 
 
@@ -748,6 +791,7 @@ th, td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align
   vertical-align: top; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 td { white-space: nowrap; }
+.prose td { white-space: normal; }
 .wrap td:not(.name) { white-space: normal; } .wrap .word { display: block; font-size: .72rem; }
 th.name, td.name { text-align: left; }
 figure { margin: .9rem 0; }
@@ -787,6 +831,8 @@ def write_report(run_folder: Path) -> Path:
 def write_all(run_folder: Path) -> list[Path]:
     """Writes `report.html`, `table.md` and `figures/*.svg|png`; gives the paths.
 
+    An experiment without arms has a table of its own kind, so its `table.md` is left as it is.
+
     Raises:
         UserError: as `write_report`.
     """
@@ -794,9 +840,11 @@ def write_all(run_folder: Path) -> list[Path]:
     folder = run.folder / "figures"
     folder.mkdir(exist_ok=True)
     figures = build_figures(run, png_folder=folder)
-    written = [run.folder / "report.html", run.folder / "table.md"]
+    written = [run.folder / "report.html"]
     write_text_atomic(written[0], page(run, figures))
-    write_text_atomic(written[1], table_markdown(run.summary))
+    if run.summary.get("arms") or not (run.folder / "table.md").exists():
+        written.append(run.folder / "table.md")
+        write_text_atomic(written[-1], table_markdown(run.summary))
     for figure in figures:
         write_text_atomic(folder / f"{figure.name}.svg", figure.svg)
         written += [folder / f"{figure.name}.svg", folder / f"{figure.name}.png"]
@@ -810,6 +858,7 @@ def page(run: RunFiles, figures: Sequence[ReportFigure]) -> str:
         _asked(run),
         _answer(run, figures),
         _section("Learning curves", _figures(figures, "Learning curves", grid=True), _BANDS),
+        _reward_model(run),
         _section("Reward against KL", _figures(figures, "Reward against KL")),
         _section("Experts", _figures(figures, "Experts") + _routing(run)),
         _section("Routing drift", _figures(figures, "Routing drift")),
@@ -921,12 +970,8 @@ def _answer(run: RunFiles, figures: Sequence[ReportFigure]) -> str:
     answer = "\n".join(f"<li>{_with_words(text)}</li>" for text in sentences(summary))
     parts = [f'<ul class="answer">\n{answer}\n</ul>']
     verdict = summary.get("verdict") or {}
-    if verdict.get("word"):
+    if verdict.get("word") and summary.get("comparisons"):  # else the sentence says it
         parts.append(f"<p>Verdict: {_word(verdict['word'])}</p>")
-    if claims := summary.get("claims"):
-        keys = ("claim", "published", "ours", "verdict")
-        cells = tuple(tuple(_claim_cell(claim.get(key)) for key in keys) for claim in claims)
-        parts.append(_table(Table(header=keys, rows=cells)))
     if summary.get("arms"):
         parts.append(_table(main_table(summary)))
         parts.append(_figures(figures, "Answer"))
@@ -939,17 +984,14 @@ def _answer(run: RunFiles, figures: Sequence[ReportFigure]) -> str:
         parts.append(_details("Every value, seed by seed", _table(seeds_table(summary))))
     if summary.get("comparisons"):
         parts.append(_details("Every comparison", _table(comparisons_table(summary))))
+    if summary.get("claims"):
+        parts.append(f'<div class="prose">{_table(claims_table(summary))}</div>')
     return _section("Answer", "\n".join(part for part in parts if part))
 
 
-def _claim_cell(value: object) -> str:
-    if value is None or isinstance(value, str):
-        return value or "-"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_claim_cell(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_claim_cell(item) for item in value)
-    return show(value)
+def _reward_model(run: RunFiles) -> str:
+    table = reward_model_table(run.summary)
+    return _section("Reward model", _table(table)) if table else ""
 
 
 def _routing(run: RunFiles) -> str:
@@ -1034,9 +1076,9 @@ def limits(run: RunFiles) -> list[str]:
     summary = run.summary
     seeds = summary.get("seeds") or ()
     found = []
-    if len(seeds) < 3:
+    if seeds and len(seeds) < 3:
         found.append(f"{count(len(seeds), 'seed')}: no interval and no word below three.")
-    elif len(seeds) < 5:
+    elif seeds and len(seeds) < 5:
         found.append(
             f"{len(seeds)} seeds: intervals this short of data are wide, and rest on differences "
             "being roughly normal; five or more seeds say much more."
@@ -1058,5 +1100,6 @@ def limits(run: RunFiles) -> list[str]:
         found.append(
             "Gold reward is a rule that this world was built with; no person judged the texts."
         )
-    found.append("The models are small: what holds here need not hold at another size.")
+    if summary.get("arms"):
+        found.append("The models are small: what holds here need not hold at another size.")
     return found

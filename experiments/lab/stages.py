@@ -7,12 +7,11 @@ say so: when the simulated annotators label pairs, and when the evaluator judges
 
 import copy
 import json
-import random
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,18 @@ from torch import nn
 from experiments.lab import tales
 from experiments.lab.corpus import pretraining_documents
 from experiments.lab.evaluation import (
-    Judged,
+    Measured,
     completion_ids,
     draw_completions,
     encode_prompts,
     judge,
+    measure,
     perplexity,
-    response_logp_sums,
-    win_rate,
 )
 from experiments.lab.gold import GoldReward, label_pairs
 from experiments.lab.presets import BestOfNArm, DPOArm, PPOArm, Scale
 from moe import MoEConfig, MoEForCausalLM
-from moe.generation import Rollout
+from moe.generation import Rollout, sample
 from moe.record import RoutingTrace, record_routing
 from moe.stats import RouterStats, drift
 from rlhf.best_of_n import best_of_n, kl_bound
@@ -52,8 +50,14 @@ from rlhf.reward import (
     scalar_model,
     sequence_scores,
 )
-from sft.adapt import LoraSpec, active_adapter, add_lora, copy_adapter, merged
-from sft.checkpoint import live_tensors, load_strictly, read_checkpoint, write_checkpoint
+from sft.adapt import LoraSpec, add_lora, copy_adapter, merged
+from sft.checkpoint import (
+    live_tensors,
+    load_strictly,
+    newest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from sft.data import (
     Document,
     Instruction,
@@ -67,8 +71,8 @@ from sft.data import (
     supervised_rows,
 )
 from sft.run import write_json_atomic
-from sft.text import Message, TextPath, load_tokenizer, pick_template, train_bpe
-from sft.tracking import Tracker, read_metrics
+from sft.text import Message, TextPath, load_tokenizer, pad_batch, pick_template, train_bpe
+from sft.tracking import Tracker
 from sft.trainer import BalancePolicy, SFTTrainer, StageTrainer, TrainSettings
 
 Progress = Callable[[str, int, int], None]
@@ -205,8 +209,6 @@ class Seed:
 
 def _resume_steps(folder: Path, stage: str) -> dict[str, int]:
     """How far this stage's metrics count: to its newest checkpoint, else not at all."""
-    from sft.checkpoint import newest_checkpoint
-
     newest, _ = newest_checkpoint(folder)
     return {stage: int(newest.name.rpartition("-")[2]) if newest else 0}
 
@@ -451,18 +453,22 @@ def frontier_steps(total: int, points: int) -> set[int]:
 
 
 def watch_frontier(
-    seed: Seed, trainer: StageTrainer, policy: nn.Module, reference: Reference, tracker: Tracker
+    seed: Seed, trainer: StageTrainer, policy: nn.Module, reference: Reference, *, name: str
 ) -> None:
-    """Let the evaluator look at the policy at evenly spaced steps; nothing is chosen by it."""
+    """At evenly spaced steps, keep what the policy says on a few held-out prompts.
+
+    Completions, KL and learned reward are written down; gold judges them after training, so that
+    training cannot see it and nothing is chosen by it.
+    """
     scale, text_path = seed.scale, seed.text_path()
     prompts = seed.eval_prompts(scale.num_frontier_prompts)
     reward = ModelReward(model=seed.load("rm", seed.reward_model()))
     steps = frontier_steps(trainer.settings.max_steps, scale.frontier_points)
-    report = trainer.on_progress
+    tell = trainer.on_progress
 
     def look(step: int, total: int) -> None:
-        if report is not None:
-            report(step, total)
+        if tell is not None:
+            tell(step, total)
         if step not in steps:
             return
         rollouts = draw_completions(
@@ -474,16 +480,11 @@ def watch_frontier(
             purpose="frontier",
         )
         with reference.lend() as model:
-            judged = judge(rollouts, text_path, gold=GoldReward(), reward=reward, reference=model)
-            model.train(False)
+            measured = measure(rollouts, text_path, reward=reward, reference=model)
         policy.train()
-        names = ("gold_reward", "proxy_reward", "kl_sequence", "length")
-        tracker.log(
-            {f"eval/{name}": (judged.metrics[name], len(prompts)) for name in names},
-            step=step,
-            stage=trainer.stage,
-            split="val",
-        )
+        folder = seed.folder / name / "frontier"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(folder / f"step-{step:06d}.json", {"step": step, **asdict(measured)})
 
     trainer.on_progress = look
 
@@ -505,7 +506,7 @@ def train_dpo(seed: Seed, arm: DPOArm, *, name: str = "dpo") -> None:
             collator=PreferenceCollator(text_path.pad_id),
             **seed.trainer_options(name, tracker),
         )
-        watch_frontier(seed, trainer, policy, reference, tracker)
+        watch_frontier(seed, trainer, policy, reference, name=name)
         trainer.fit(resume=True)
         show_stage(seed, name, policy, tracker)
         show_samples(seed, name, policy, tracker)
@@ -555,7 +556,7 @@ def train_ppo(seed: Seed, arm: PPOArm, *, name: str = "ppo") -> None:
             stop_ids=text_path.stop_ids,
             **seed.trainer_options(name, tracker),
         )
-        watch_frontier(seed, trainer, policy, reference, tracker)
+        watch_frontier(seed, trainer, policy, reference, name=name)
         trainer.fit(resume=True)
         show_stage(seed, name, policy, tracker)
         show_samples(seed, name, policy, tracker)
@@ -581,33 +582,38 @@ def load_policy(seed: Seed, arm: str) -> nn.Module:
 # Judging.
 
 
+def measure_arm(
+    seed: Seed, arm: str, prompts: list[str], *, best: BestOfNArm | None = None
+) -> tuple[Measured, int]:
+    """An arm's completions on these prompts and their measures; tokens drawn to get them."""
+    scale, text_path = seed.scale, seed.text_path()
+    reward = ModelReward(model=seed.load("rm", seed.reward_model()))
+    reference = seed.sft().eval()
+    if arm == "few_shot":
+        return _measure_few_shot(seed, prompts, reward, reference)
+    if arm == "best_of_n":
+        assert best is not None
+        rollouts, tokens = _best_rollouts(seed, reference, prompts, reward, best)
+        kl = kl_bound(best.n)
+        measured = measure(rollouts, text_path, reward=reward, reference=reference, kl_value=kl)
+        return measured, tokens
+    rollouts = draw_completions(
+        load_policy(seed, arm),
+        prompts,
+        text_path,
+        max_new_tokens=scale.max_new_tokens,
+        seed=seed.seed,
+        purpose="evaluate",
+    )
+    return measure(rollouts, text_path, reward=reward, reference=reference), 0
+
+
 def judge_arm(seed: Seed, arm: str, *, best: BestOfNArm | None = None) -> dict[str, Any]:
     """Metrics of one arm on the held-out prompts, and its completions for the record."""
     scale, text_path = seed.scale, seed.text_path()
-    prompts = seed.eval_prompts(scale.num_eval_prompts)
-    reward = ModelReward(model=seed.load("rm", seed.reward_model()))
-    reference = seed.sft().eval()
-    options: dict[str, Any] = {"gold": GoldReward(), "reward": reward, "reference": reference}
-    tokens = 0
-    if arm == "few_shot":
-        model = seed.base().eval()
-        judged, tokens = _judge_few_shot(seed, model, prompts, options)
-    elif arm == "best_of_n":
-        assert best is not None
-        model = reference
-        rollouts, tokens = _best_rollouts(seed, model, prompts, reward, best)
-        judged = judge(rollouts, text_path, kl_value=kl_bound(best.n), **options)
-    else:
-        model = load_policy(seed, arm)
-        rollouts = draw_completions(
-            model,
-            prompts,
-            text_path,
-            max_new_tokens=scale.max_new_tokens,
-            seed=seed.seed,
-            purpose="evaluate",
-        )
-        judged = judge(rollouts, text_path, **options)
+    measured, tokens = measure_arm(seed, arm, seed.eval_prompts(scale.num_eval_prompts), best=best)
+    judged = judge(measured, GoldReward())
+    model = load_policy(seed, {"few_shot": "base", "best_of_n": "sft"}.get(arm, arm))
     held_out = pretraining_rows(seed, split="held_out", count=max(40, scale.num_documents // 30))
     metrics = {
         **judged.metrics,
@@ -640,20 +646,17 @@ def _best_rollouts(
     return chosen, tokens
 
 
-def _judge_few_shot(
-    seed: Seed, model: nn.Module, prompts: list[str], options: dict[str, Any]
-) -> tuple[Judged, int]:
+def _measure_few_shot(
+    seed: Seed, prompts: list[str], reward: ModelReward, reference: nn.Module
+) -> tuple[Measured, int]:
     """The base model with worked examples in its prompt; it stops at the end of the line."""
-    from moe.generation import sample
-
+    model = seed.base().eval()
     scale, text_path = seed.scale, seed.text_path()
     rng = tales.seeded(seed.seed, "few-shot")
-    asked = [tales.few_shot_prompt(p, scale.few_shot, rng=rng) + " " for p in prompts]
-    rows = [text_path.encode_document(text.rstrip())[:-1] for text in asked]
+    asked = [tales.few_shot_prompt(p, scale.few_shot, rng=rng) for p in prompts]
+    rows = [text_path.encode_document(text)[:-1] for text in asked]  # without the EOS
     newline = text_path.tokenizer.encode("\n", add_special_tokens=False)
     rollouts, plain = [], []
-    from sft.text import pad_batch
-
     for start in range(0, len(rows), 64):
         ids, mask = pad_batch(rows[start : start + 64], pad_id=text_path.pad_id, side="left")
         rollout = sample(
@@ -685,8 +688,10 @@ def _judge_few_shot(
                 ended_B=rollout.ended_B,
             )
         )
-    judged = judge(rollouts, text_path, reference_rollouts=plain, **options)
-    return judged, sum(r.num_tokens for r in rollouts)
+    measured = measure(
+        rollouts, text_path, reward=reward, reference=reference, reference_rollouts=plain
+    )
+    return measured, sum(r.num_tokens for r in rollouts)
 
 
 # Routing: the same texts through every stage.
@@ -774,14 +779,19 @@ def show_samples(seed: Seed, arm: str, policy: nn.Module, tracker: Tracker) -> N
     )
 
 
-def frontier_of(seed: Seed, arm: str) -> list[dict[str, float]]:
-    """The points the evaluator saw during training, from the arm's metrics."""
-    points: dict[int, dict[str, float]] = {}
-    for row in read_metrics(seed.arm_folder(arm) / "metrics.jsonl"):
-        if row["split"] == "val" and row["name"].startswith("eval/"):
-            point = points.setdefault(row["step"], {"step": row["step"]})
-            point[row["name"].removeprefix("eval/")] = row["value"]
-    return [
-        {"step": p["step"], "kl": p["kl_sequence"], "gold": p["gold_reward"], "proxy": p["proxy_reward"]}
-        for _, p in sorted(points.items())
-    ]
+def judge_frontier(seed: Seed, arm: str) -> list[dict[str, float]]:
+    """The kept points of an arm's training, with gold."""
+    gold, points = GoldReward(), []
+    for path in sorted((seed.folder / arm / "frontier").glob("step-*.json")):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        step = kept.pop("step")
+        metrics = judge(Measured(**kept), gold).metrics
+        points.append(
+            {
+                "step": step,
+                "kl": metrics["kl_sequence"],
+                "gold": metrics["gold_reward"],
+                "proxy": metrics["proxy_reward"],
+            }
+        )
+    return points

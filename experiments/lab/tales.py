@@ -10,7 +10,7 @@ comes from `random.Random` seeded with strings, which is the same in every proce
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple
@@ -390,15 +390,6 @@ def documents(seed: int, n: int, *, domain: str, split: Split = "train") -> list
         return [writers[domain](rng, split) for _ in range(n)]
     heroes = combos(split, domain)
     return [_tale_document(heroes, rng) for _ in range(n)]
-
-
-def vocabulary(domain: str) -> set[str]:
-    """The mood words of a domain's language, by which tests hold grammar and gold together."""
-    return {word for slot in _setting(domain).language.words.values() for _, word in _flat(slot)}
-
-
-def _flat(slot: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, str]]:
-    return ((mood, word) for mood, words in slot.items() for word in words)
 
 
 def _setting(domain: str) -> Setting:

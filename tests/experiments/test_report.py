@@ -1,8 +1,11 @@
 """The report of an invented run: complete, partial, hostile; and the command that rebuilds it."""
 
+import io
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from experiments import report as command
 from experiments.lab.report import (
@@ -351,12 +355,19 @@ def test_every_figure_has_a_label_and_its_numbers(page: str) -> None:
     assert page.count("<summary>The numbers</summary>") == page.count("<figure>")
 
 
-def test_the_same_files_give_the_same_bytes(run: Path, page: str) -> None:
+def test_the_command_rebuilds_page_table_and_figures_to_the_same_bytes(
+    run: Path, page: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_all(run)
-    pngs = {path.name: path.read_bytes() for path in (run / "figures").glob("*")}
     assert (run / "report.html").read_text(encoding="utf-8") == page
-    write_all(run)
-    assert pngs == {path.name: path.read_bytes() for path in (run / "figures").glob("*")}
+    written = [run / "report.html", run / "table.md", *(run / "figures").iterdir()]
+    before = {path.name: path.read_bytes() for path in written}
+    for name in ("metric", "frontier", "experts", "drift", "minutes", "curve-dpo-train-loss"):
+        assert {f"{name}.svg", f"{name}.png"} <= set(before)
+    assert before["table.md"].startswith(b"- DPO is BETTER than SFT")
+    assert command.main([str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert before == {path.name: path.read_bytes() for path in written}
 
 
 def test_the_page_says_what_was_run_and_how(page: str) -> None:
@@ -439,18 +450,48 @@ def test_markdown_escapes_bars_and_has_equal_columns(small: Path) -> None:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) <= 1
 
 
-def test_the_console_table_has_a_row_per_arm_and_reads_no_markup(run: Path) -> None:
-    from rich.console import Console
+def test_the_console_table_fits_eighty_columns_and_reads_no_markup(small: Path, run: Path) -> None:
+    def printed(summary: Any) -> str:
+        console = Console(width=80, file=io.StringIO(), record=True)
+        console.print(console_table(summary))
+        return console.export_text()
 
-    console = Console(width=250, record=True, file=open("/dev/null", "w", encoding="utf-8"))
-    console.print(console_table(read_run(run).summary))
-    text = console.export_text()
-    assert all(name in text for name in ("few-shot", "best-of-n", "BETTER", "[", "gold reward"))
+    text = printed(read_run(run).summary)
+    assert all(name in text for name in ("few-shot", "best-of-n", "BETTER", "minus SFT [95 %]"))
+    assert "\u2026" not in text  # nothing is cut
+    arms = {"[bold]x": {"gold_reward": [1.0]}}
+    assert "[bold]x" in printed(edit_summary(small, arms=arms))
 
 
 def test_a_summary_alone_makes_a_page_without_the_missing_sections(small: Path) -> None:
     found = outline(write_report(small).read_text(encoding="utf-8"))
     assert found.headings == ["What was asked", "Answer", "How to run it again", "Limits"]
+
+
+def test_a_run_of_claims_alone_shows_them_and_keeps_its_own_table(tmp_path: Path) -> None:
+    claim = {"claim": "total", "published": "7.3B", "ours": 7_241_732_096, "verdict": "REPRODUCED"}
+    summary = {
+        "schema": 1,
+        "claims": [claim, {**claim, "ours": [0.5, None]}],
+        "verdict": {"word": "REPRODUCED"},
+        "timings": {"seconds": 90.0},
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    (tmp_path / "table.md").write_text("its own\n", encoding="utf-8")
+    write_all(tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "7,241,732,096" in text and "0.50, -" in text and "The models are small" not in text
+    assert outline(text).headings[1:3] == ["Answer", "Minutes per stage"]
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == "its own\n"
+    assert "| total | 7.3B | 7,241,732,096 | REPRODUCED |" in table_markdown(summary)
+
+
+def test_what_the_reward_model_is_worth_is_shown_where_it_was_measured(small: Path) -> None:
+    measured = {"accuracy": [0.7, 0.8, 0.75], "accuracy_interval95": [[0.6, 0.8]] * 3}
+    edit_summary(small, reward_model=measured)
+    text = write_report(small).read_text(encoding="utf-8")
+    assert "Reward model" in outline(text).headings
+    assert "accuracy, 95 % interval" in text and "[0.60, 0.80]" in text
 
 
 def test_an_empty_summary_still_makes_a_page(tmp_path: Path) -> None:
@@ -530,6 +571,7 @@ def test_a_broken_line_in_the_middle_is_an_error_that_names_it(small: Path) -> N
         (-0.0312, "-0.031"),
         (12.34, "12.3"),
         (1_240_000.0, "1,240,000"),
+        (1024, "1,024"),
         (0.00001234, "1.2e-05"),
         (0.0996, "0.10"),
         (None, "-"),
@@ -553,17 +595,6 @@ def test_timings_are_read_nested_or_flat_and_without_memory() -> None:
     timings = {"seconds": {"sft": [1.0, None]}, "dpo": {"train": [2.0]}, "rm": 3, "peak_bytes": 9}
     assert stage_seconds(timings) == {"sft": [1.0, None], "dpo/train": [2.0], "rm": [3]}
     assert stage_seconds({"sft": [None], "ppo": {"peak_mib": [1.0]}}) == {}
-
-
-def test_the_command_writes_page_table_and_figures(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command.main([str(run)]) == 0
-    assert capsys.readouterr().out.strip() == str(run / "report.html")
-    figures = {path.name for path in (run / "figures").iterdir()}
-    for name in ("metric", "frontier", "experts", "drift", "minutes", "curve-dpo-train-loss"):
-        assert {f"{name}.svg", f"{name}.png"} <= figures
-    assert (run / "table.md").read_text(encoding="utf-8").startswith("- DPO is BETTER than SFT")
 
 
 def test_the_command_answers_a_wrong_folder_with_one_sentence(
@@ -595,3 +626,13 @@ def test_a_summary_that_cannot_be_read_is_named(tmp_path: Path, text: str, messa
     (tmp_path / "summary.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         read_run(tmp_path)
+
+
+def test_a_report_needs_no_torch(small: Path) -> None:
+    code = (
+        "import sys; from experiments.report import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    root = Path(command.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code, str(small)], cwd=root, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
