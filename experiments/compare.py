@@ -1,17 +1,18 @@
 """Do DPO, PPO and best-of-n improve on supervised fine-tuning, when all see the same preferences?
 
-Question: starting from one SFT policy, one set of preference pairs and one reward model learned from
-them, how much gold reward does each method gain, what does it cost in KL, in text quality and in
-forgetting, and what does it do to the routing of the mixture of experts?
+Question: starting from one SFT policy, one set of preference pairs and one reward model learned
+from them, how much gold reward does each method gain, what does it cost in KL, in text quality and
+in forgetting, and what does it do to the routing of the mixture of experts?
 
-Published: RLHF policies are preferred over their SFT baselines (Ouyang et al. 2022: a win rate of 85
-+- 3 % over GPT-3, 71 +- 4 % over few-shot GPT-3); DPO matches PPO on controlled sentiment (Rafailov
-et al. 2023, figure 2). A popular handbook adds that DPO moves the model far and PPO little.
+Published: RLHF policies are preferred over their SFT baselines (Ouyang et al. 2022: a win rate of
+85 +- 3 % over GPT-3, 71 +- 4 % over few-shot GPT-3); DPO matches PPO on controlled sentiment
+(Rafailov et al. 2023, figure 2). A popular handbook adds that DPO moves the model far and PPO
+little.
 
 Arms: base, few_shot, sft, dpo, ppo, best_of_n. World: `tales` (experiments.lab.tales). DPO sees the
 pairs; PPO and best-of-n see the reward model learned from them; gold belongs to the evaluator and,
-as the simulated annotators, to the labels. Each method had the same number of tuning trials on a seed
-that is not reported, judged by learned reward alone.
+as the simulated annotators, to the labels. Each method had the same number of tuning trials on a
+seed that is not reported, judged by learned reward alone.
 
 Cost: about 8 minutes on 2 cores for 3 seeds.
 
@@ -35,12 +36,12 @@ ARMS = ("base", "few_shot", "sft", "dpo", "ppo", "best_of_n")
 METHODS = ("dpo", "ppo", "best_of_n")
 STAGES = ("base", "sft", "rm", "dpo", "ppo")
 QUESTION = (
-    "Do DPO, PPO and best-of-n improve on SFT in gold reward when all see the same preferences, and "
-    "what does it do to text, forgetting and routing?"
+    "Do DPO, PPO and best-of-n improve on SFT in gold reward when all see the same preferences, "
+    "and what does it do to text, forgetting and routing?"
 )
 RULE = (
-    "REPRODUCED if DPO, PPO and best-of-n are each BETTER than SFT in gold_reward (95 % interval of "
-    "paired seed differences above 0); NOT REPRODUCED if any is WORSE; else INCONCLUSIVE"
+    "REPRODUCED if DPO, PPO and best-of-n are each BETTER than SFT in gold_reward (95 % interval "
+    "of paired seed differences above 0); NOT REPRODUCED if any is WORSE; else INCONCLUSIVE"
 )
 # Metric -> (higher is better, half-width inside which a difference does not matter). Fixed before
 # the reported seeds ran; in the metric's own units.
@@ -89,8 +90,8 @@ class Config:
             raise UserError(f"--seeds {list(self.seeds)}: give each seed once, at least one.")
         if (self.peft == "lora") != (self.lora_rank > 0):
             raise UserError(
-                f"--peft {self.peft} with --lora-rank {self.lora_rank}: adapters need --peft lora and "
-                "a rank of at least 1, such as --lora-rank 8; a full update takes neither."
+                f"--peft {self.peft} with --lora-rank {self.lora_rank}: adapters need --peft lora "
+                "and a rank of at least 1, such as --lora-rank 8; a full update takes neither."
             )
         if self.processes < 1:
             raise UserError(f"--processes {self.processes} must be at least 1.")
@@ -134,9 +135,10 @@ def arm_job(config: Config, folder: Path, seed_number: int, arm: str) -> None:
     from experiments.lab import stages
 
     seed = _seed(config, folder, seed_number, f"s{seed_number} {arm}")
-    train = {"dpo": stages.train_dpo, "ppo": stages.train_ppo}[arm]
-    if not seed.is_done(arm):
-        train(seed, getattr(seed.scale, arm))
+    if arm == "dpo" and not seed.is_done(arm):
+        stages.train_dpo(seed, seed.scale.dpo)
+    if arm == "ppo" and not seed.is_done(arm):
+        stages.train_ppo(seed, seed.scale.ppo)
     _judge(seed, arm)
 
 
@@ -161,8 +163,7 @@ def _judge(seed: Any, arm: str) -> None:
         found = stages.judge_arm(seed, arm, best=seed.scale.best_of_n)
         if arm in STAGES:
             _record_routing(seed, arm)
-    facts = {"few_shot": {}, "best_of_n": {}}.get(arm, None)
-    facts = seed.facts(arm) if facts is None else facts
+    facts: dict[str, Any] = {} if arm in ("few_shot", "best_of_n") else seed.facts(arm)
     result = {
         "metrics": {
             **found["metrics"],
@@ -305,9 +306,7 @@ def _comparisons(arms: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str
 
 def verdict_word(comparisons: Sequence[Mapping[str, Any]]) -> str:
     """The rule in `RULE`, applied to the computed words."""
-    words = [
-        c["word"] for c in comparisons if c["metric"] == "gold_reward" and c["arm"] in METHODS
-    ]
+    words = [c["word"] for c in comparisons if c["metric"] == "gold_reward" and c["arm"] in METHODS]
     if words and all(word == "BETTER" for word in words):
         return "REPRODUCED"
     return "NOT REPRODUCED" if "WORSE" in words else "INCONCLUSIVE"
@@ -370,14 +369,17 @@ def _reward_models(folder: Path, seeds: Sequence[int]) -> dict[str, list[Any]]:
 
 
 def _notes(
-    config: Config, folder: Path, seeds: Sequence[int], arms: Mapping[str, Mapping[str, list[float]]]
+    config: Config,
+    folder: Path,
+    seeds: Sequence[int],
+    arms: Mapping[str, Mapping[str, list[float]]],
 ) -> list[str]:
     from experiments.lab.presets import SCALES
 
     notes = [
         "kl_sequence of best_of_n is the bound ln n - (n - 1) / n, not a sample.",
-        "few_shot is the base model with worked examples in its prompt; its proxy reward and KL read "
-        "the same answer behind the plain prompt.",
+        "few_shot is the base model with worked examples in its prompt; its proxy reward and KL "
+        "read the same answer behind the plain prompt.",
     ]
     for seed in seeds:
         path = folder / "stages" / f"s{seed}" / "base" / "final" / "facts.json"
@@ -385,13 +387,12 @@ def _notes(
     sft_perplexity = arms["sft"]["reference_perplexity"]
     for arm in METHODS:
         ratios = [
-            a / b
-            for a, b in zip(arms[arm]["reference_perplexity"], sft_perplexity, strict=True)
+            a / b for a, b in zip(arms[arm]["reference_perplexity"], sft_perplexity, strict=True)
         ]
         if max(ratios) > 1.5:
             notes.append(
-                f"{arm}: perplexity under the SFT policy rises to {max(ratios):.2f} times SFT's own in "
-                "the worst seed: its text has left the reference's."
+                f"{arm}: perplexity under the SFT policy rises to {max(ratios):.2f} times SFT's "
+                "own in the worst seed: its text has left the reference's."
             )
     scale = SCALES[config.scale]
     notes.append(f"best_of_n draws n = {scale.best_of_n.n} completions per prompt.")
@@ -472,10 +473,9 @@ def _open_run(config: Config) -> Run:
 
 def finish(config: Config, folder: Path, summary: Mapping[str, Any]) -> None:
     """Table, figures, report; the verdict to the mirror; the last lines on the console."""
-    from experiments.lab.report import table_markdown, write_report
+    from experiments.lab.report import write_all
     from sft.tracking import Tracker
 
-    (folder / "table.md").write_text(table_markdown(summary), encoding="utf-8")
     with Tracker(
         folder / "report",
         group=EXPERIMENT,
@@ -485,11 +485,9 @@ def finish(config: Config, folder: Path, summary: Mapping[str, Any]) -> None:
         mirror=config.mirror,
         console=None,
     ) as tracker:
-        tracker.summary(
-            {"verdict": summary["verdict"]["word"], "rule": summary["verdict"]["rule"]}
-        )
+        tracker.summary({"verdict": summary["verdict"]["word"], "rule": summary["verdict"]["rule"]})
         sync = tracker.sync_command
-    path = write_report(folder)
+    path = write_all(folder)[0]
     _show(summary)
     print(f"\nreport  {path}")
     if sync:
@@ -508,8 +506,8 @@ def _print_header(config: Config, folder: Path) -> None:
         f"{model['num_experts']} experts top-{model['num_experts_per_tok']}, "
         f"{model['num_attention_heads']} heads / {model['num_key_value_heads']} kv, "
         f"window {model['sliding_window']} ({model['window_pattern']})\n"
-        f" seeds   {' '.join(map(str, config.seeds))}   {config.processes} processes, one thread each\n"
-        f" arms    {', '.join(ARMS)}\n"
+        f" seeds   {' '.join(map(str, config.seeds))}   {config.processes} processes, one thread "
+        f"each\n arms    {', '.join(ARMS)}\n"
         f" rule    {RULE}",
         flush=True,
     )
@@ -557,8 +555,11 @@ def _as_stored(config: Config, *, given: Collection[str]) -> Config:
     """`--resume RUN` takes the run's own options; what is given beside it must agree with them."""
     assert config.resume is not None
     stored = Run.open(config.resume).config
-    own = {k: v for k, v in stored.items() if k not in STATE_KEYS and k not in given}
-    return replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+    own: dict[str, Any] = {
+        k: v for k, v in stored.items() if k not in STATE_KEYS and k not in given
+    }
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
+    return replace(config, **values)
 
 
 if __name__ == "__main__":

@@ -77,14 +77,16 @@ class MoEConfig(PreTrainedConfig):
         # The Auto classes of some training libraries read `auto_map` without asking whether it is
         # there; an empty one says that no remote code belongs to this model.
         self.auto_map: dict[str, str] = {}
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        heads = self.num_attention_heads
+        if self.head_dim is None and heads > 0 and self.hidden_size % heads == 0:
+            self.head_dim = self.hidden_size // heads
         if self.layer_types is None:
             pattern = self.window_pattern or ("S" if self.sliding_window else "L")
             unknown = sorted(set(pattern) - set(WINDOW_LETTERS))
             if unknown:
                 raise UserError(
-                    f"window_pattern {pattern!r} has {''.join(unknown)!r}: use S (window) and L (full)."
+                    f"window_pattern {pattern!r} has {''.join(unknown)!r}: use S (window) and L "
+                    f"(full)."
                 )
             self.layer_types = self._layer_types(pattern)
         if self.mlp_layer_types is None:
@@ -136,11 +138,13 @@ class MoEConfig(PreTrainedConfig):
         if self.sliding_window is not None and self.sliding_window < 1:
             raise UserError(f"sliding_window {self.sliding_window} must be at least 1, or None.")
         if "sliding_attention" in (self.layer_types or []) and self.sliding_window is None:
-            raise UserError("a layer has a sliding window but sliding_window is None: give its size.")
+            raise UserError(
+                "a layer has a sliding window but sliding_window is None: give its size."
+            )
         if self.sliding_window is not None and "sliding_attention" not in (self.layer_types or []):
             raise UserError(
-                f"sliding_window {self.sliding_window} has no effect: no layer of {self.layer_types} "
-                "slides; drop it or change window_pattern."
+                f"sliding_window {self.sliding_window} has no effect: no layer of "
+                f"{self.layer_types} slides; drop it or change window_pattern."
             )
         for name, allowed in (
             ("layer_types", tuple(WINDOW_LETTERS.values())),
@@ -170,11 +174,13 @@ class MoEConfig(PreTrainedConfig):
         for name in ("load_balancing_coef", "z_loss_coef"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
-                raise UserError(f"{name} {value} must be finite and at least 0 (0 switches it off).")
+                raise UserError(
+                    f"{name} {value} must be finite and at least 0 (0 switches it off)."
+                )
         if self.router_aux_loss_coef != 0:
             raise UserError(
-                f"router_aux_loss_coef {self.router_aux_loss_coef} must stay 0 (tools that see it add a "
-                "loss that pools the layers): set load_balancing_coef."
+                f"router_aux_loss_coef {self.router_aux_loss_coef} must stay 0 (tools that see it "
+                "add a loss that pools the layers): set load_balancing_coef."
             )
         if "sparse" in self.mlp_layer_types:  # type: ignore[operator]
             _ = self.router_spec  # its own checks

@@ -5,4 +5,6 @@ Commands catch it, print its sentence without a traceback and leave with exit co
 
 
 class UserError(ValueError):
-    """Something a user can cause and mend; the message says what, where, what is allowed, what to do."""
+    """Something a user can cause and mend; the message says what, where, what is allowed, what to
+    do.
+    """

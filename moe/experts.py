@@ -17,7 +17,9 @@ from moe.routing import Routing
 def run_experts_naive(
     x_TD: Tensor, routing: Routing, *, gate_up_EGD: Tensor, down_EDF: Tensor
 ) -> Tensor:
-    """Sum over kept assignments of weight * down(silu(gate(x)) * up(x)); G = 2F, gate rows first."""
+    """Sum over kept assignments of weight * down(silu(gate(x)) * up(x)); G = 2F, gate rows
+    first.
+    """
     out_TD = []
     for t in range(x_TD.shape[0]):
         total_D = torch.zeros_like(x_TD[t])
@@ -40,7 +42,9 @@ class FusedExperts(nn.Module):
     def __init__(self, *, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(num_experts, 2 * intermediate_size, hidden_size)
+        )
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
@@ -50,14 +54,19 @@ class FusedExperts(nn.Module):
         # Stable, so that within an expert the tokens keep their order and sums are reproducible.
         expert_A, order_A = torch.sort(expert_A, stable=True)
         slot_A = kept_A[order_A]
-        token_A = repeat(torch.arange(num_tokens, device=x_TD.device), "t -> (t k)", k=top_k)[slot_A]
+        token_A = repeat(torch.arange(num_tokens, device=x_TD.device), "t -> (t k)", k=top_k)[
+            slot_A
+        ]
         x_AD = x_TD.index_select(0, token_A)
         sizes = torch.bincount(expert_A, minlength=self.num_experts).tolist()
         # unbind, not W[e]: indexing would fill a zero stack of all experts per expert in backward.
         parts = [
             self._one(x_nD, gate_up_GD, down_DF)
             for x_nD, gate_up_GD, down_DF in zip(
-                x_AD.split(sizes), self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True
+                x_AD.split(sizes),
+                self.gate_up_proj.unbind(0),
+                self.down_proj.unbind(0),
+                strict=True,
             )
         ]
         weight_A = rearrange(routing.weight_TK, "t k -> (t k)").index_select(0, slot_A)

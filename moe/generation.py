@@ -8,14 +8,16 @@ batch it is drawn in.
 Shapes: B batch, P prompt, R response, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from moe import record
 from moe.counters import uniforms
-from moe.record import RoutingTrace, record_routing
+from moe.record import RoutingTrace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +25,8 @@ class Rollout:
     """Prompts and what was drawn for them.
 
     prompt_BP int64, left-padded; prompt_mask_BP bool; response_BR int64, `pad_id` where masked;
-    mask_BR bool, True up to and including the stop token; logp_BR float32, log-probability under the
-    sampling temperature, zero where masked; ended_B bool, whether a stop token came.
+    mask_BR bool, True up to and including the stop token; logp_BR float32, log-probability under
+    the sampling temperature, zero where masked; ended_B bool, whether a stop token came.
     routing: one recorded pass for the prompts and one per drawn token, if asked for.
     """
 
@@ -71,14 +73,13 @@ def sample(
     purpose: str = "sample",
     sample_ids: Sequence[int] | None = None,
     pad_id: int = 0,
-    record: bool = False,
-    on_token: Callable[[int], None] | None = None,
+    record_routing: bool = False,
 ) -> Rollout:
     """Draw one completion per row of the left-padded prompts.
 
     temperature: above 0; 0 means greedy, with log-probabilities at temperature 1.
     sample_ids: global index of each row, the counter of its random numbers; default 0..B-1.
-    record: keep the routing of every pass. on_token: called with each drawn position.
+    record_routing: keep the routing of every pass.
     Raises ValueError for a negative temperature or a mask that is not left-padded.
     """
     if temperature < 0:
@@ -88,20 +89,25 @@ def sample(
     batch = prompt_BP.shape[0]
     rows = list(range(batch)) if sample_ids is None else [int(i) for i in sample_ids]
     uniform_BR = uniforms(seed, purpose, rows, length=max_new_tokens)
+    draw_all = functools.partial(
+        _draw_all,
+        model,
+        prompt_BP,
+        prompt_mask_BP,
+        uniform_BR=uniform_BR,
+        temperature=temperature,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
+    )
     was_training = model.training
     model.eval()  # dropout would sample from another distribution than the one that is trained
     try:
-        if record:
-            with record_routing(model) as trace:
-                parts = _loop(
-                    model, prompt_BP, prompt_mask_BP, uniform_BR, temperature, stop_ids, pad_id, on_token
-                )
-            _name_rows(trace, parts["mask_BR"], rows)
-            return Rollout(**parts, routing=trace)
-        parts = _loop(
-            model, prompt_BP, prompt_mask_BP, uniform_BR, temperature, stop_ids, pad_id, on_token
-        )
-        return Rollout(**parts)
+        if not record_routing:
+            return draw_all()
+        with record.record_routing(model) as trace:
+            rollout = draw_all()
+        _name_rows(trace, rollout.mask_BR, rows)
+        return replace(rollout, routing=trace)
     finally:
         model.train(was_training)
 
@@ -114,16 +120,16 @@ def _name_rows(trace: RoutingTrace, mask_BR: Tensor, rows: list[int]) -> None:
         trace.forwards[t] = replace(forward, sample_ids=ids)
 
 
-def _loop(
+def _draw_all(
     model: nn.Module,
     prompt_BP: Tensor,
     prompt_mask_BP: Tensor,
+    *,
     uniform_BR: Tensor,
     temperature: float,
     stop_ids: Sequence[int],
     pad_id: int,
-    on_token: Callable[[int], None] | None,
-) -> dict[str, Tensor]:
+) -> Rollout:
     batch, length = prompt_BP.shape[0], uniform_BR.shape[1]
     device = prompt_BP.device
     response_BR = torch.full((batch, length), pad_id, dtype=torch.long, device=device)
@@ -154,8 +160,6 @@ def _loop(
         response_BR[live, t] = token
         mask_BR[live, t] = True
         logp_BR[live, t] = logp
-        if on_token is not None:
-            on_token(t)
         stopped = torch.isin(token, stops)
         ended_B[live[stopped]] = True
         going = ~stopped
@@ -170,11 +174,11 @@ def _loop(
                 x[keep] for x in (live, token, attention, step_positions)
             )
         step_ids = token[:, None]
-    return {
-        "prompt_BP": prompt_BP,
-        "prompt_mask_BP": prompt_mask_BP.bool(),
-        "response_BR": response_BR,
-        "mask_BR": mask_BR,
-        "logp_BR": logp_BR,
-        "ended_B": ended_B,
-    }
+    return Rollout(
+        prompt_BP=prompt_BP,
+        prompt_mask_BP=prompt_mask_BP.bool(),
+        response_BR=response_BR,
+        mask_BR=mask_BR,
+        logp_BR=logp_BR,
+        ended_B=ended_B,
+    )

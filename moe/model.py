@@ -126,11 +126,15 @@ class MoEPreTrainedModel(PreTrainedModel):
             init.copy_(module.inv_freq, RotaryEmbedding(self.config).inv_freq)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        self._refuse_reentrant(kwargs.get("gradient_checkpointing_kwargs") or next(iter(args), None))
+        self._refuse_reentrant(
+            kwargs.get("gradient_checkpointing_kwargs") or next(iter(args), None)
+        )
         super().gradient_checkpointing_enable(*args, **kwargs)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        self._refuse_reentrant(kwargs.get("activation_checkpointing_kwargs") or next(iter(args), None))
+        self._refuse_reentrant(
+            kwargs.get("activation_checkpointing_kwargs") or next(iter(args), None)
+        )
         super().activation_checkpointing_enable(*args, **kwargs)
 
     @staticmethod
@@ -283,8 +287,9 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         """Logits (B, S, V); with labels (B, S), -100 where not learned, also a loss.
 
         The loss is the summed cross-entropy over `num_items_in_batch` (default: over the labelled
-        tokens here). In training the balance terms are added, each micro-batch weighted by its share
-        of those items, so that accumulation and more processes do not multiply them; in eval never.
+        tokens here). In training the balance terms are added, each micro-batch weighted by its
+        share of those items, so that accumulation and more processes do not multiply them; in eval
+        never.
         """
         collected: list[tuple[Routing, ...]] = []
         wants_balance = labels is not None and self.training and self._has_balance()

@@ -31,7 +31,9 @@ FOREIGN_ROUTERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedForward:
-    """One forward pass: sample_ids (B,), mask_BS (True for real tokens), a Routing per MoE layer."""
+    """One forward pass: sample_ids (B,), mask_BS (True for real tokens), a Routing per MoE
+    layer.
+    """
 
     sample_ids: Tensor
     mask_BS: Tensor
@@ -106,8 +108,8 @@ def record_routing(model: nn.Module, *, keep_graph: bool = False) -> Iterator[Ro
         return
     if not _foreign(model):
         raise UserError(
-            f"{type(model).__name__} has no router to record: it takes a Switchyard model with sparse "
-            f"layers or one of {', '.join(FOREIGN_ROUTERS)}."
+            f"{type(model).__name__} has no router to record: it takes a Switchyard model with "
+            f"sparse layers or one of {', '.join(FOREIGN_ROUTERS)}."
         )
     with _foreign_hooks(model, sink):
         yield trace

@@ -45,8 +45,9 @@ class RouterSpec:
             )
         if self.top_k == 1 and self.normalize_weights:
             raise UserError(
-                "top_k 1 with normalised weights gives every token the weight 1, so the router gets no "
-                "gradient: set norm_topk_prob to False (Switch keeps the probability as the gate)."
+                "top_k 1 with normalised weights gives every token the weight 1, so the router "
+                "gets no gradient: set norm_topk_prob to False (Switch keeps the probability as "
+                "the gate)."
             )
         if self.capacity_factor is not None and not (
             self.capacity_factor > 0 and math.isfinite(self.capacity_factor)
@@ -57,7 +58,9 @@ class RouterSpec:
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether a token's output is free of its neighbours in the batch (capacity couples them)."""
+        """Whether a token's output is free of its neighbours in the batch (capacity couples
+        them).
+        """
         return self.capacity_factor is None
 
 
@@ -102,7 +105,9 @@ def capacity_limit(spec: RouterSpec, num_tokens: int) -> int:
 
 
 def _within_capacity(expert_TK: Tensor, mask_T: Tensor, spec: RouterSpec) -> Tensor:
-    """True (T, K) for the assignments that fit: all first choices in token order, then all second."""
+    """True (T, K) for the assignments that fit: all first choices in token order, then all
+    second.
+    """
     expert_KT = rearrange(expert_TK, "t k -> (k t)")
     real_KT = mask_T.repeat(spec.top_k)
     taken_AE = torch.nn.functional.one_hot(expert_KT, spec.num_experts) * real_KT[:, None]
@@ -120,12 +125,15 @@ def route(
 ) -> Routing:
     """Choose K experts per token and weigh them: softmax over all experts, then top-k.
 
-    mask_T: bool (T,), False for padding, which is never kept and takes no capacity; default all True.
+    mask_T: bool (T,), False for padding, which is never kept and takes no capacity; default all
+    True.
     sequence_T: int64 (T,), the sequence of each token; default all 0.
     Raises ValueError if the logits do not have `spec.num_experts` columns.
     """
     if logits_TE.shape[-1] != spec.num_experts:
-        raise ValueError(f"logits have {logits_TE.shape[-1]} columns, num_experts {spec.num_experts}")
+        raise ValueError(
+            f"logits have {logits_TE.shape[-1]} columns, num_experts {spec.num_experts}"
+        )
     logits_TE = logits_TE.float()  # bf16 ties would decide the choice
     num_tokens = logits_TE.shape[0]
     if mask_T is None:

@@ -23,8 +23,9 @@ DEAD_SHARE = 0.1  # an expert with less than a tenth of its fair share counts as
 class RouterStats:
     """Sums per layer; two of the same model add up with `merge`.
 
-    count_LE: float64, assignments; importance_LE: summed probabilities; entropy_L: summed entropy of
-    each token's probabilities in nats; dropped_L: assignments beyond capacity; tokens_L: real tokens;
+    count_LE: float64, assignments; importance_LE: summed probabilities; entropy_L: summed entropy
+    of each token's probabilities in nats; dropped_L: assignments beyond capacity; tokens_L: real
+    tokens;
     top_k: K.
     """
 
@@ -117,7 +118,9 @@ class RouterStats:
         return self.dropped_L / (self.tokens_L * self.top_k).clamp(min=1)
 
     def to_metrics(self) -> dict[str, float]:
-        """`router/<measure>/layer_NN` for each layer and `router/<measure>`, the mean over layers."""
+        """`router/<measure>/layer_NN` for each layer and `router/<measure>`, the mean over
+        layers.
+        """
         measures = {
             "load_entropy": self.load_entropy_L,
             "token_entropy": self.token_entropy_L,

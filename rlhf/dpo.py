@@ -28,7 +28,9 @@ STEP_ZERO_TOLERANCE = 1e-4  # float32 sums over some hundred tokens, times beta
 
 
 class SelfCheckFailed(RuntimeError):
-    """A quantity that is known beforehand came out otherwise: the run would measure something else."""
+    """A quantity that is known beforehand came out otherwise: the run would measure something
+    else.
+    """
 
 
 def refuse_batch_coupling(model: nn.Module) -> None:
@@ -38,9 +40,9 @@ def refuse_batch_coupling(model: nn.Module) -> None:
             spec = module.config.router_spec
             if not spec.batch_invariant:
                 raise UserError(
-                    f"capacity_factor {spec.capacity_factor} makes a token's log-probability depend on "
-                    "its batch neighbours, so ratios and margins would not be the policy's: set "
-                    "capacity_factor to None (dropless) for preference and RL stages."
+                    f"capacity_factor {spec.capacity_factor} makes a token's log-probability "
+                    "depend on its batch neighbours, so ratios and margins would not be the "
+                    "policy's: set capacity_factor to None (dropless) for preference and RL stages."
                 )
 
 
@@ -96,7 +98,9 @@ class DPOTrainer(StageTrainer):
 
     def objective(self, model: nn.Module, batch: Mapping[str, Any]) -> LossOutput:
         policy = pair_logps(model, batch)
-        output = self.loss(policy, batch["reference"]) if "reference" in batch else self.loss(policy)
+        output = (
+            self.loss(policy, batch["reference"]) if "reference" in batch else self.loss(policy)
+        )
         if self.state.global_step == 0 and self.loss.value_at_reference is not None:
             self._check_start(float(output.loss.detach()), self.loss.value_at_reference)
         return output

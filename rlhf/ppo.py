@@ -144,8 +144,8 @@ class PPOTrainer(StageTrainer):
     """policy and critic are trained; reference and reward are not.
 
     rows: dictionaries with `prompt_ids`. Checks that stop the run: in the first minibatch of every
-    update the ratio is 1 within 1e-4 and nothing is clipped; at the end the number of optimizer steps
-    is updates x epochs x minibatches.
+    update the ratio is 1 within 1e-4 and nothing is clipped; at the end the number of optimizer
+    steps is updates x epochs x minibatches.
     """
 
     def __init__(
@@ -166,8 +166,8 @@ class PPOTrainer(StageTrainer):
         if settings.max_steps != ppo.steps or settings.batch_size != ppo.minibatch_size:
             raise UserError(
                 f"max_steps {settings.max_steps} and batch_size {settings.batch_size} must be "
-                f"{ppo.steps} (updates x epochs x minibatches) and {ppo.minibatch_size} (episodes / "
-                "minibatches)."
+                f"{ppo.steps} (updates x epochs x minibatches) and {ppo.minibatch_size} (episodes "
+                "/ minibatches)."
             )
         if not rows:
             raise UserError("PPO has no prompts.")
@@ -211,8 +211,8 @@ class PPOTrainer(StageTrainer):
         super().fit(resume=resume)
         if self.state.global_step != self.ppo.steps:
             raise SelfCheckFailed(
-                f"PPO made {self.state.global_step} optimizer steps, not {self.ppo.steps} = updates x "
-                "epochs x minibatches."
+                f"PPO made {self.state.global_step} optimizer steps, not {self.ppo.steps} = "
+                "updates x epochs x minibatches."
             )
 
     # Where the loop's batches come from.
@@ -483,28 +483,36 @@ class PPOTrainer(StageTrainer):
         clipped = float(policy.metrics["policy/clip_fraction"][0])
         if deviation > RATIO_TOLERANCE or clipped:
             raise SelfCheckFailed(
-                f"PPO update {update}: in the first minibatch the ratio is off 1 by {deviation:.2e} "
-                f"(allowed {RATIO_TOLERANCE:.0e}) and {clipped:.0f} tokens are clipped: the old "
-                "log-probabilities are not this policy's."
+                f"PPO update {update}: in the first minibatch the ratio is off 1 by "
+                f"{deviation:.2e} (allowed {RATIO_TOLERANCE:.0e}) and {clipped:.0f} tokens are "
+                "clipped: the old log-probabilities are not this policy's."
             )
 
     def _drain(self) -> dict[str, Any]:
         metrics = super()._drain()
         pieces = {
             name: (metrics[name][0] * metrics[name][1], metrics[name][1])
-            for name in ("value/error", "value/error_squared", "value/return", "value/return_squared")
+            for name in (
+                "value/error",
+                "value/error_squared",
+                "value/return",
+                "value/return_squared",
+            )
             if name in metrics
         }
         for name in pieces:
             del metrics[name]
         if pieces:
-            tensors = {k: (torch.tensor(a), torch.tensor(b)) for k, (a, b) in pieces.items()}
-            explained = explained_variance(tensors)
+            explained = explained_variance(
+                {str(k): (torch.tensor(a), torch.tensor(b)) for k, (a, b) in pieces.items()}
+            )
             if explained is not None:
                 metrics["value/explained_variance"] = explained
         return metrics
 
     # What the loop keeps.
+
+    optimizer: torch.optim.Optimizer | None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -4,10 +4,13 @@ The only file that imports peft. Parts are named by what they are (attention, ex
 ffn), never by a family's module names, because a list of names silently misses fused experts.
 """
 
+import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +18,18 @@ from torch import nn
 
 from moe.errors import UserError
 
+ADAPTER_CONFIG = "adapter_config.json"
 PARTS = ("attention", "experts", "router", "ffn", "embeddings", "norms", "head", "other")
-LORA_PARTS = ("attention", "experts", "router", "ffn")
+LORA_ADAPTER_CONFIG = "adapter_config.json"
+PARTS = ("attention", "experts", "router", "ffn")
+# The first that matches decides: `post_attention_layernorm` is a norm, `embed_out` a head.
 _PART_PATTERNS = (
     ("experts", r"\.experts\b"),
     ("router", r"(^|\.)(gate|router)\b"),
-    ("attention", r"attn|attention"),
     ("norms", r"norm"),
-    ("embeddings", r"embed|wte|wpe"),
     ("head", r"(^|\.)(lm_head|score|classifier|embed_out)\b"),
+    ("attention", r"attn|attention"),
+    ("embeddings", r"embed|wte|wpe"),
     ("ffn", r"(^|\.)(mlp|ffn|feed_forward)\b"),
 )
 
@@ -102,6 +108,69 @@ def add_lora(model: nn.Module, spec: LoraSpec, *, name: str = "default") -> nn.M
         modules_to_save=[name for name in ("score", "classifier") if hasattr(model, name)] or None,
     )
     return get_peft_model(model, config, adapter_name=name)
+
+
+def save_adapter(model: nn.Module, folder: Path, *, base: str) -> None:
+    """Write the active adapter in PEFT's own layout; `peft.PeftModel.from_pretrained` opens it.
+
+    base: the folder of the base model, as `adapter_config.json` is to name it.
+    """
+    wrapped: Any = model
+    name = wrapped.active_adapter
+    wrapped.peft_config[name].base_model_name_or_path = base
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    # Looking at the base's embeddings to decide whether to save them would ask the network.
+    wrapped.save_pretrained(temporary, selected_adapters=[name], save_embedding_layers=False)
+    (temporary / "README.md").unlink(missing_ok=True)  # an empty form to fill in
+    shutil.rmtree(folder, ignore_errors=True)
+    # PEFT puts an adapter that is not called "default" one folder deeper.
+    (temporary if name == "default" else temporary / name).rename(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_adapter(model: nn.Module, folder: Path, *, name: str) -> nn.Module:
+    """The model with the saved adapter `name` on it, frozen.
+
+    Raises UserError unless the folder's tensors are exactly those the adapter has on this model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{folder} has no {path.name}: it holds no whole adapter.")
+    try:
+        wrapped: Any = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the adapter in {folder} does not fit its base: {error}") from error
+    live = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
+    with safe_open(path, framework="pt") as file:
+        missing = sorted(set(live) ^ set(file.keys()))
+    if missing:
+        raise UserError(
+            f"the adapter in {folder} does not fit its base: {len(missing)} tensors are on one side "
+            f"only, first {missing[0]}."
+        )
+    loaded: nn.Module = wrapped
+    return loaded
+
+
+def adapter_base(folder: Path) -> str:
+    """The base model's folder, as the adapter's own configuration names it."""
+    try:
+        document = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        return str(document["base_model_name_or_path"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{folder / ADAPTER_CONFIG} cannot be read: {error!r}.") from error
+
+
+def adapter_spec(model: nn.Module, name: str) -> LoraSpec:
+    """Rank, alpha and parts of an adapter that the model carries."""
+    config = model.peft_config[name]  # type: ignore[index]
+    found = {part_of(n) for n, _ in model.named_parameters() if f".{name}" in n and "lora_" in n}
+    targets = tuple(part for part in LORA_PARTS if part in found)
+    return LoraSpec(rank=config.r, alpha=config.lora_alpha, targets=targets)
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -52,8 +52,8 @@ def load_strictly(model: nn.Module, saved: Mapping[str, Tensor], *, source: str)
     ):
         if names:
             raise UserError(
-                f"{len(names)} tensors are {kind} {source}, first {names[0]}: it belongs to another "
-                "model or configuration."
+                f"{len(names)} tensors are {kind} {source}, first {names[0]}: it belongs to "
+                "another model or configuration."
             )
     for name, tensor in live.items():
         other = saved[name]

@@ -17,8 +17,8 @@ class LossOutput:
     """A loss as a sum over units (tokens, pairs, ...), its count and its diagnostics.
 
     loss_sum: 0-dim with gradient; count: 0-dim, units summed over.
-    metrics: name -> (sum, count), detached, reduced by adding both; maxima: name -> value, reduced by
-    the maximum.
+    metrics: name -> (sum, count), detached, reduced by adding both; maxima: name -> value, reduced
+    by the maximum.
     """
 
     loss_sum: Tensor

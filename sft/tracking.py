@@ -396,7 +396,8 @@ class Tracker:
             resume_step: for each stage that is resumed, the last step that is kept; later rows
                 of that stage are dropped, so that no step appears twice.
             console: takes one line of text; None is silent.
-            console_seconds: a stage prints its first metrics, then at most one line in this time.
+            console_seconds: a stage prints its first metrics, then at most one line in this time;
+                infinite prints no metrics, only what the mirror has to say.
 
         Raises:
             UserError: if an existing metrics.jsonl is broken before its last line.
@@ -468,6 +469,8 @@ class Tracker:
 
     def _print(self, values: Mapping[str, float], head: str, stage: str) -> None:
         now = time.monotonic()
+        if math.isinf(self._console_seconds):
+            return
         if values and now - self._last_said.get(stage, -math.inf) >= self._console_seconds:
             self._last_said[stage] = now
             shown = [

@@ -61,11 +61,13 @@ class BalancePolicy:
     def of_model(cls, model: nn.Module, *, scope: BalanceScope = "micro_batch") -> "BalancePolicy":
         """The coefficients that the model's own configuration names."""
         config = getattr(base_of(model), "config", None)
-        balance = getattr(config, "load_balancing_coef", None)
-        if balance is None:  # another family: its name for the coefficient, our loss per layer
-            balance = getattr(config, "router_aux_loss_coef", 0.0)
-        z = getattr(config, "z_loss_coef", 0.0)
-        return cls(scope=scope, load_balancing_coef=balance, z_loss_coef=z)
+        # Another family has its own name for the coefficient; the loss is ours, per layer.
+        theirs = getattr(config, "router_aux_loss_coef", 0.0)
+        return cls(
+            scope=scope,
+            load_balancing_coef=float(getattr(config, "load_balancing_coef", theirs)),
+            z_loss_coef=float(getattr(config, "z_loss_coef", 0.0)),
+        )
 
     @property
     def on(self) -> bool:
@@ -100,6 +102,10 @@ class TrainSettings:
         for name in ("max_steps", "batch_size", "log_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        if self.micro_batch_size < 0:
+            raise UserError(
+                f"micro_batch_size is {self.micro_batch_size}: it must be at least 0."
+            )
         if not self.lr > 0:
             raise UserError(f"lr {self.lr} must be above 0.")
 
@@ -114,8 +120,8 @@ class TrainSettings:
         if share % micro:
             allowed = [m for m in range(1, share + 1) if share % m == 0]
             raise UserError(
-                f"batch_size {self.batch_size} over {num_processes} processes is {share} rows each, not "
-                f"a multiple of micro_batch_size {micro}: try one of {allowed}."
+                f"batch_size {self.batch_size} over {num_processes} processes is {share} rows "
+                f"each, not a multiple of micro_batch_size {micro}: try one of {allowed}."
             )
         return micro, share // micro
 
@@ -188,12 +194,12 @@ class _Sums:
     @classmethod
     def of_document(cls, document: Mapping[str, Any]) -> "_Sums":
         held = document["stats"]
-        stats = held and RouterStats(
-            **{
-                k: v if k == "top_k" else torch.tensor(v, dtype=torch.float64)
-                for k, v in held.items()
+        stats = None
+        if held:
+            sums: dict[str, Any] = {
+                k: torch.tensor(v, dtype=torch.float64) for k, v in held.items() if k != "top_k"
             }
-        )
+            stats = RouterStats(**sums, top_k=held["top_k"])
         return cls(sums=document["sums"], maxima=document["maxima"], stats=stats)
 
 
@@ -219,8 +225,9 @@ class _Watch(TrainerCallback):
 class StageTrainer(Trainer):
     """One stage of training: give it rows, a collator and an objective.
 
-    Subclasses say what a unit is (`count_units`) and what a micro-batch costs (`objective`). Takes our
-    model or any Hugging Face model. Raises `Diverged` rather than stepping on a non-finite loss.
+    Subclasses say what a unit is (`count_units`) and what a micro-batch costs (`objective`). Takes
+    our model or any Hugging Face model. Raises `Diverged` rather than stepping on a non-finite
+    loss.
     """
 
     loss_is_scaled_for_ga = True  # sums over the step's denominators, see compute_loss
@@ -390,10 +397,16 @@ class StageTrainer(Trainer):
             self._step.fraction_LE = self._fractions(self._counts_without_gradient(batches))
 
     def _counts_without_gradient(self, batches: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Expert counts of a first pass over all micro-batches."""
+        """Expert counts of a first pass over all micro-batches, with the dropout of the second."""
         total: Tensor | None = None
         prepared = [self.prepare(self._prepare_inputs(dict(batch))) for batch in batches]
-        with torch.no_grad(), record_routing(self.routed_part) as trace:
+        self.model.train()  # a loaded model may still be in eval mode before the first step
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.no_grad(),
+            record_routing(self.routed_part) as trace,
+        ):
             for batch in prepared:
                 self.objective(self.model, batch)
                 for forward in trace.forwards:
@@ -409,6 +422,8 @@ class StageTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         batches = [next(epoch_iterator) for _ in range(num_batches)]
+        if self._resumed is not None and self._resumed.manifest["step"] == self.state.global_step:
+            self._load_rng_state(None)  # the loop's own call comes after the counting pass
         self.measure_step(batches)
         return batches, None
 
@@ -638,7 +653,7 @@ def _rng_documents() -> dict[str, Any]:
     name, keys, *rest = np.random.get_state()
     return {
         "python": [version, list(words), gauss],
-        "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
         "torch": torch.get_rng_state(),
     }
 

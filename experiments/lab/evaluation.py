@@ -1,7 +1,8 @@
 """One evaluator for every arm: the same held-out prompts, the same measures, the only user of gold.
 
-Completions are measured first (`measure`: no gold) and judged after training (`judge`: gold); divergence from the SFT policy is a Monte-Carlo sum of
-log-probability differences over the arm's own completions.
+Completions are measured first (`measure`: no gold) and judged after training (`judge`: gold);
+divergence from the SFT policy is a Monte-Carlo sum of log-probability differences over the arm's
+own completions.
 
 Shapes: B prompts, P prompt, R response.
 """
@@ -129,9 +130,10 @@ def measure(
 ) -> Measured:
     """What anyone may know of completions: all but gold.
 
-    policy_logp_B: log-probability of each completion under the policy that drew it; default what the
-    sampler reported. reference_rollouts: the same completions behind the plain prompts, where the arm
-    was asked in another way. kl_value: a divergence known in closed form (best-of-n), put in its place.
+    policy_logp_B: log-probability of each completion under the policy that drew it; default what
+    the sampler reported. reference_rollouts: the same completions behind the plain prompts, where
+    the arm was asked in another way. kl_value: a divergence known in closed form (best-of-n), put
+    in its place.
     """
     plain = rollouts if reference_rollouts is None else reference_rollouts
     ids = completion_ids(rollouts)
@@ -169,7 +171,9 @@ def judge(measured: Measured, gold: Gold) -> Judged:
 
 def win_rate(gold_B: Sequence[float], against_B: Sequence[float]) -> float:
     """Share of prompts on which the first is better by gold; ties count half."""
-    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(gold_B, against_B, strict=True)]
+    wins = [
+        1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(gold_B, against_B, strict=True)
+    ]
     return _mean(wins)
 
 

@@ -177,4 +177,3 @@ def _display(state: _State, quiet: bool) -> Iterator[Callable[[], None]]:
             print(state.line(), flush=True)
 
     yield plain
-

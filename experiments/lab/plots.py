@@ -175,6 +175,8 @@ def learning_curves(
 
     Held-out splits are dashed and strong, train beside them is thin.
     """
+    from matplotlib.ticker import MaxNLocator
+
     splits = splits_of(rows_by_arm_seed, name, stage)
     looks = styles(rows_by_arm_seed)
     with _figure(f"curve {title} {stage} {name}", (HALF_WIDTH, 3.0)) as figure:
@@ -202,7 +204,7 @@ def learning_curves(
                 )
         axes.set_title(title or (f"{label(stage)}: {name}" if stage else name))
         axes.set_xlabel("optimizer step")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend()
         return _finish(figure, png)

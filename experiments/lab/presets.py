@@ -1,8 +1,8 @@
 """The sizes at which the experiments on the world `tales` run, and the methods' frozen settings.
 
 `laptop` is what `make run` does; `debug` is the same program in seconds, for tests. The settings of
-the methods were chosen by `python -m experiments.compare --tune` (the same number of trials each, on
-a seed that is never reported, by learned reward alone) and frozen before the reported seeds ran.
+the methods were chosen by `python -m experiments.compare --tune` (the same number of trials each,
+on a seed that is never reported, by learned reward alone) and frozen before the reported seeds ran.
 """
 
 from dataclasses import dataclass
@@ -115,6 +115,7 @@ LAPTOP = Scale(
         "sliding_window": 32,
         "window_pattern": "SSSL",
         "max_position_embeddings": 512,
+        "initializer_range": 0.06,
     },
     vocab_size=1024,
     num_documents=9000,
@@ -124,8 +125,8 @@ LAPTOP = Scale(
     pretrain_lr=3e-3,
     num_sft=2400,
     sft_batch=32,
-    sft_epochs=2.0,
-    sft_lr=1e-3,
+    sft_epochs=3.0,
+    sft_lr=2e-3,
     lora_lr_scale=4.0,
     num_pair_prompts=1200,
     label_temperature=0.5,

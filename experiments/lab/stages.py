@@ -65,7 +65,6 @@ from sft.data import (
     PreferenceCollator,
     SupervisedCollator,
     document_rows,
-    preference_rows,
     prompt_rows,
     split_by_prompt,
     supervised_rows,
@@ -177,7 +176,7 @@ class Seed:
         """The scalar model on the SFT backbone (adapters folded in, own adapters on top)."""
         torch.manual_seed(self.seed + 1)  # the fresh head
         plain = merged(copy.deepcopy(self.sft()))
-        model: nn.Module = scalar_model(plain)  # type: ignore[arg-type]
+        model: nn.Module = scalar_model(plain)
         return add_lora(model, self.lora) if self.lora else model
 
     # Running a trainer.
@@ -320,8 +319,8 @@ def _tokens(rows: Sequence[Any], settings: TrainSettings) -> int:
 def collect_pairs(seed: Seed) -> None:
     """Two completions of the SFT policy per training prompt, and which one annotators prefer.
 
-    The annotators are gold under Bradley-Terry noise: here, and only here, gold makes data. What the
-    methods get is the preference, never the number.
+    The annotators are gold under Bradley-Terry noise: here, and only here, gold makes data. What
+    the methods get is the preference, never the number.
     """
     path = seed.folder / "pairs.json"
     if path.is_file():
@@ -356,9 +355,7 @@ def collect_pairs(seed: Seed) -> None:
         if a != b
     ]
     tokens = sum(len(row) for ids, _ in drawn for row in ids)
-    agree = [
-        first == (x > y) for first, x, y in zip(chosen_a, *scores, strict=True) if x != y
-    ]
+    agree = [first == (x > y) for first, x, y in zip(chosen_a, *scores, strict=True) if x != y]
     write_json_atomic(
         path,
         {
@@ -710,7 +707,7 @@ def record_texts(seed: Seed, model: nn.Module) -> RoutingTrace:
     model.eval()
     with torch.no_grad(), record_routing(model) as trace:
         for start in range(0, len(rows), 32):
-            numbered = [
+            numbered: list[Any] = [
                 {**row, "sample_id": start + i} for i, row in enumerate(rows[start : start + 32])
             ]
             batch = collate(numbered)

@@ -1,5 +1,7 @@
 """The fast path does what the loop over tokens and experts does, gradients included."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,8 +27,6 @@ def make_experts(num_experts: int, width: int, hidden: int) -> FusedExperts:
 
 def in_float64(routing: Routing, weight_TK: Tensor) -> Routing:
     """The decision with float64 weights that carry their own gradient, zero where not kept."""
-    from dataclasses import replace
-
     return replace(routing, weight_TK=torch.where(routing.kept_TK, weight_TK, 0.0))
 
 
