@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: run test lint clean
 
 run: $(READY)
-	WANDB_MODE=$${WANDB_MODE:-offline} HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-1} OMP_NUM_THREADS=1 \
+	HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-1} OMP_NUM_THREADS=1 \
 	$(BIN)/python -m experiments.compare $(ARGS)
 
 test: $(READY)

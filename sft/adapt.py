@@ -20,8 +20,7 @@ from moe.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 PARTS = ("attention", "experts", "router", "ffn", "embeddings", "norms", "head", "other")
-LORA_ADAPTER_CONFIG = "adapter_config.json"
-PARTS = ("attention", "experts", "router", "ffn")
+LORA_PARTS = ("attention", "experts", "router", "ffn")
 # The first that matches decides: `post_attention_layernorm` is a norm, `embed_out` a head.
 _PART_PATTERNS = (
     ("experts", r"\.experts\b"),
@@ -149,8 +148,8 @@ def load_adapter(model: nn.Module, folder: Path, *, name: str) -> nn.Module:
         missing = sorted(set(live) ^ set(file.keys()))
     if missing:
         raise UserError(
-            f"the adapter in {folder} does not fit its base: {len(missing)} tensors are on one side "
-            f"only, first {missing[0]}."
+            f"the adapter in {folder} does not fit its base: {len(missing)} tensors are on "
+            f"one side only, first {missing[0]}."
         )
     loaded: nn.Module = wrapped
     return loaded
@@ -202,17 +201,18 @@ def active_adapter(model: Any, name: str | None) -> Iterator[None]:
     """Run with adapter `name` (None: with adapters off), then put everything back as it was."""
     trainable = {id(p): p.requires_grad for p in model.parameters()}
     before = model.active_adapter
-    if name is None:
-        with model.disable_adapter():
+    try:
+        if name is None:
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(name)
             yield
-    else:
-        model.set_adapter(name)
-        try:
-            yield
-        finally:
+    finally:
+        if name is not None:
             model.set_adapter(before)
-    for parameter in model.parameters():
-        parameter.requires_grad_(trainable[id(parameter)])
+        for parameter in model.parameters():
+            parameter.requires_grad_(trainable[id(parameter)])
 
 
 def merged(model: nn.Module) -> nn.Module:

@@ -143,12 +143,19 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def rotate(root: Path, *, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, after the newest has been verified."""
-    found = checkpoints(root)
-    if len(found) <= keep:
+    """Delete all but the newest `keep` checkpoints, counted from the newest that verifies.
+
+    Damaged ones above it are left for a later save of that step to replace.
+    """
+    if len(checkpoints(root)) <= keep:
         return
-    _verified_manifest(found[-1])
-    for folder in found[:-keep]:
+    newest, notes = newest_checkpoint(root)
+    for note in notes:
+        print(note, flush=True)
+    if newest is None:
+        return
+    found = checkpoints(root)
+    for folder in found[: max(found.index(newest) + 1 - keep, 0)]:
         shutil.rmtree(folder)
     for stale in root.glob(f".tmp-{PREFIX}*"):
         shutil.rmtree(stale)

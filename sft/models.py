@@ -324,12 +324,8 @@ def describe_size(model: nn.Module) -> str:
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     if parts.get("experts") and experts:
         of_experts = sum(
-            p.numel()
-            for n, p in base.named_parameters()
-            if ".experts." in n and ".lora_" not in n
+            p.numel() for n, p in base.named_parameters() if ".experts." in n and ".lora_" not in n
         )
         idle = of_experts * (experts - config.num_experts_per_tok) // experts
-        text += (
-            f" ({total - idle:,} active), {experts} experts top-{config.num_experts_per_tok}"
-        )
+        text += f" ({total - idle:,} active), {experts} experts top-{config.num_experts_per_tok}"
     return text

@@ -128,7 +128,7 @@ LAPTOP = Scale(
     sft_epochs=3.0,
     sft_lr=2e-3,
     lora_lr_scale=4.0,
-    num_pair_prompts=1200,
+    num_pair_prompts=2400,
     label_temperature=0.5,
     rm_epochs=2.0,
     rm_batch=32,
@@ -142,8 +142,8 @@ LAPTOP = Scale(
     frontier_points=6,
     num_routing_texts=96,
     save_steps=60,
-    dpo=DPOArm(beta=0.1, lr=3e-4, epochs=2.0, batch_size=32),
-    ppo=PPOArm(kl_coef=0.05, lr=3e-4, updates=30, episodes=64, epochs=2, minibatches=2),
+    dpo=DPOArm(beta=0.1, lr=3e-4, epochs=1.0, batch_size=32),
+    ppo=PPOArm(kl_coef=0.2, lr=3e-4, updates=40, episodes=64, epochs=2, minibatches=2),
     best_of_n=BestOfNArm(n=16),
 )
 

@@ -36,16 +36,16 @@ def trials(scale: Scale) -> dict[str, tuple[Arm, ...]]:
     dpo, ppo = scale.dpo, scale.ppo
     return {
         "dpo": (
-            replace(dpo, beta=0.1, lr=3e-5),
             replace(dpo, beta=0.1, lr=1e-4),
-            replace(dpo, beta=0.3, lr=1e-4),
+            replace(dpo, beta=0.1, lr=3e-4),
             replace(dpo, beta=0.3, lr=3e-4),
+            replace(dpo, beta=0.3, lr=6e-4),
         ),
         "ppo": (
-            replace(ppo, kl_coef=0.1, lr=1e-4),
-            replace(ppo, kl_coef=0.1, lr=3e-4),
-            replace(ppo, kl_coef=0.3, lr=3e-4),
-            replace(ppo, kl_coef=0.3, lr=1e-3),
+            replace(ppo, kl_coef=0.1, lr=2e-4),
+            replace(ppo, kl_coef=0.2, lr=3e-4),
+            replace(ppo, kl_coef=0.2, lr=5e-4),
+            replace(ppo, kl_coef=0.3, lr=5e-4),
         ),
         "best_of_n": tuple(BestOfNArm(n=n) for n in (4, 8, 16, 32)),
     }

@@ -1,0 +1,432 @@
+"""A training command at work: its processes, its run folder, what it prints and what it leaves.
+
+The decision to know: every process computes everything, also evaluations, so that sharded models
+work; only the first one makes folders, writes files and prints.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from moe.errors import UserError
+from moe.generation import sample
+from moe.record import has_router
+from sft.checkpoint import PREFIX, newest_checkpoint
+from sft.command import TrainingConfig, is_first_process
+from sft.data import Examples, PromptRow
+from sft.run import Run, redact, write_text_atomic
+from sft.text import TextPath, pad_batch
+from sft.tracking import Tracker
+from sft.trainer import BalancePolicy, StageTrainer, TrainSettings
+
+RESULTS = Path("results")
+CHECKPOINTS = "checkpoints"
+LINE_SECONDS = 10.0
+_SHOWN = (
+    "train/loss",
+    "lm/accuracy",
+    "preference/accuracy",
+    "preference/margin",
+    "reward/score",
+    "policy/kl_sequence",
+    "policy/entropy",
+    "rollout/length",
+    "router/max_vio",
+)
+
+
+def join_processes() -> PartialState:
+    """Meet the processes that a launcher started; alone without one. CPU where there is no GPU."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def describe_device(state: PartialState) -> str:
+    kind = "cpu"
+    if torch.cuda.is_available():
+        kind = torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    text = f"{kind}, float32, {threads} thread{'s' if threads > 1 else ''}"
+    return text + (f", {state.num_processes} processes" if state.num_processes > 1 else "")
+
+
+class Display:
+    """Speaks on the first process; progress is a bar on a terminal, else a line now and then."""
+
+    def __init__(self, stage: str, *, quiet: bool) -> None:
+        self.stage = stage
+        self.on = is_first_process() and not quiet
+        self.trainer: StageTrainer | None = None
+        self._bar: Any = None
+        self._task: Any = None
+        self._start: tuple[float, int] | None = None
+        self._last_line = -math.inf
+
+    def say(self, text: str) -> None:
+        if self.on:
+            print(text, flush=True)
+
+    def header(self, title: str, lines: Sequence[tuple[str, str]]) -> None:
+        self.say(title)
+        for name, text in lines:
+            self.say(f" {name:<7} {text}" if name else f"         {text}")
+
+    def progress(self, step: int, total: int) -> None:
+        if not self.on:
+            return
+        now = time.monotonic()
+        if self._start is None:
+            self._start = now, step
+        if sys.stdout.isatty():
+            self._draw(step, total)
+        elif now - self._last_line >= LINE_SECONDS or step == total:
+            self._last_line = now
+            print(f"{self.stage} {step}/{total}  {self._left(now, step, total)}{self._facts()}")
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _left(self, now: float, step: int, total: int) -> str:
+        assert self._start is not None
+        begun, first = self._start
+        if step in (first, total):
+            return ""
+        seconds = round((now - begun) / (step - first) * (total - step))
+        return f"{seconds // 60}:{seconds % 60:02d} left  "
+
+    def _facts(self) -> str:
+        history = self.trainer.state.log_history if self.trainer is not None else []
+        last = history[-1] if history else {}
+        shown = [f"{name.split('/')[-1]} {last[name]:.4g}" for name in _SHOWN if name in last]
+        return "  ".join(shown[:5])
+
+    def _draw(self, step: int, total: int) -> None:
+        if self._bar is None:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.progress import TimeRemainingColumn as Left
+
+            self._bar = Progress(
+                TextColumn(self.stage),
+                BarColumn(),
+                MofNCompleteColumn(),
+                Left(),
+                TextColumn("{task.fields[facts]}"),
+            )
+            self._task = self._bar.add_task(self.stage, total=total, facts="")
+            self._bar.start()
+        self._bar.update(self._task, completed=step, facts=self._facts())
+        if step == total:
+            self.close()
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One stage of one run. `tracker` is None off the first process."""
+
+    stage: str
+    run: Run
+    state: PartialState
+    display: Display
+    tracker: Tracker | None
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.state.device
+        return device
+
+    @property
+    def first(self) -> bool:
+        return is_first_process()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run.folder / CHECKPOINTS
+
+    def trainer_options(self) -> dict[str, Any]:
+        return {
+            "folder": self.checkpoints,
+            "stage": self.stage,
+            "tracker": self.tracker,
+            "on_progress": self.display.progress,
+            "fingerprints": self.fingerprints,
+        }
+
+    def fit(self, trainer: StageTrainer, *, resume: bool) -> float:
+        """Train to the end; the seconds it took."""
+        self.display.trainer = trainer
+        start = time.perf_counter()
+        try:
+            trainer.fit(resume=resume)
+        finally:
+            self.display.close()
+        return time.perf_counter() - start
+
+    def log(self, metrics: Mapping[str, tuple[float, float]], *, step: int) -> None:
+        """Metrics on held-out rows."""
+        if self.tracker is not None:
+            self.tracker.log(metrics, step=step, stage=self.stage, split="val")
+
+    def leave(
+        self, summary: Mapping[str, Any], *, samples: Sequence[Mapping[str, str]], seconds: float
+    ) -> None:
+        """Write summary.json and samples.jsonl and show the samples."""
+        if not self.first:
+            return
+        self.run.write_json("summary.json", {**summary, "timings": {"seconds": seconds}})
+        if samples:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in samples]
+            write_text_atomic(self.run.folder / "samples.jsonl", "".join(lines))
+            assert self.tracker is not None
+            self.tracker.samples(self.stage, samples)
+        for row in samples:
+            self.display.say(f"\n prompt  {clip(row['prompt'])}")
+            for name in ("before", "after"):
+                self.display.say(f" {name:<7} {clip(row[name])}")
+
+    def conclude(self, lines: Sequence[str], *, where: Path) -> None:
+        """The result, printed even with --quiet."""
+        if not self.first:
+            return
+        print("")
+        for line in lines:
+            print(line)
+        if self.tracker is not None and self.tracker.sync_command and self.display.on:
+            print(f"W&B offline; send with: {self.tracker.sync_command}")
+        print(f"in {where}", flush=True)
+
+
+def clip(text: str, width: int = 160) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 2] + ".."
+
+
+def already_finished(config: TrainingConfig) -> bool:
+    """Whether `--resume` names a run that has come to its end; says so."""
+    if config.resume is None or not Run.open(config.resume).finished:
+        return False
+    if is_first_process():
+        print(f"{config.resume} is finished: there is nothing to resume.")
+    return True
+
+
+@contextmanager
+def open_session(
+    config: TrainingConfig,
+    values: Mapping[str, Any],
+    *,
+    experiment: str,
+    stage: str,
+    command: str,
+    state: PartialState,
+    fingerprints: Mapping[str, str],
+) -> Iterator[Session]:
+    """The run folder and its record, made on the first process and known to all.
+
+    values: what config.yaml holds. Raises UserError on every process when it cannot be made.
+    """
+    run = _shared_run(config, values, experiment=experiment, state=state)
+    display = Display(stage, quiet=config.quiet)
+    if not is_first_process():
+        yield Session(
+            stage=stage,
+            run=run,
+            state=state,
+            display=display,
+            tracker=None,
+            fingerprints=dict(fingerprints),
+        )
+        return
+    newest, _ = newest_checkpoint(run.folder / CHECKPOINTS)
+    reached = int(newest.name.removeprefix(PREFIX)) if newest else 0
+    if config.resume is not None:
+        display.say(f"going on with {run.folder} at step {reached}, in the same order of rows")
+    with (
+        run,
+        Tracker(
+            run.folder,
+            group=experiment,
+            job_type=stage,
+            name=run.name,
+            config=run.config,
+            mirror=config.mirror,
+            resume_step={stage: reached},
+            console=display.say,
+            console_seconds=math.inf,
+        ) as tracker,
+    ):
+        try:
+            yield Session(
+                stage=stage,
+                run=run,
+                state=state,
+                display=display,
+                tracker=tracker,
+                fingerprints=dict(fingerprints),
+            )
+        except BaseException:
+            display.close()
+            if newest_checkpoint(run.folder / CHECKPOINTS)[0] is not None:
+                hint = f"go on with: python -m {command} --resume {run.folder}"
+                print(hint, file=sys.stderr, flush=True)
+            raise
+
+
+def _shared_run(
+    config: TrainingConfig, values: Mapping[str, Any], *, experiment: str, state: PartialState
+) -> Run:
+    """The run, opened or made by the first process; its folder or its error goes to all."""
+    told: list[Any] = [None, None]
+    if is_first_process():
+        try:
+            if config.resume is not None:
+                run = Run.open(config.resume, values)
+            else:
+                run = Run.create(
+                    RESULTS, experiment, values, out=config.out, overwrite=config.overwrite
+                )
+            told = [str(run.folder), None]
+        except UserError as error:
+            told = [None, str(error)]
+    if state.num_processes > 1:
+        told = broadcast_object_list(told)
+    folder, error_text = told
+    if error_text is not None:
+        raise UserError(error_text)
+    return run if is_first_process() else Run(folder=Path(folder), config=redact(values))
+
+
+def train_settings(
+    config: TrainingConfig, *, num_rows: int, state: PartialState, **fixed: Any
+) -> TrainSettings:
+    """The flags as settings; raises UserError when the batch does not divide."""
+    steps = config.max_steps
+    if steps is None:
+        steps = max(1, round(num_rows * config.epochs / config.batch_size))
+    values: dict[str, Any] = {
+        "max_steps": steps,
+        "batch_size": config.batch_size,
+        "micro_batch_size": config.batch_size_per_device,
+        "lr": config.lr,
+        "lr_schedule": config.lr_schedule,
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "seed": config.seed,
+        "log_steps": config.log_steps,
+        "save_steps": config.save_steps,
+        "keep_checkpoints": config.keep_checkpoints,
+        "activation_checkpointing": config.activation_checkpointing,
+    }
+    settings = TrainSettings(**{**values, **fixed})
+    settings.per_process(state.num_processes)
+    return settings
+
+
+def balance_policy(
+    config: TrainingConfig, model: nn.Module
+) -> tuple[BalancePolicy, dict[str, str]]:
+    """The balance that the flags and the model ask for, and the options that are idle with it."""
+    if not has_router(model):
+        reason = "for this model: it has no router that can be observed"
+        names = ("load_balancing_coef", "z_loss_coef", "balance_scope")
+        return BalancePolicy(scope="off"), dict.fromkeys(names, reason)
+    own = BalancePolicy.of_model(model, scope=config.balance_scope)
+    policy = BalancePolicy(
+        scope=config.balance_scope,
+        load_balancing_coef=_either(config.load_balancing_coef, own.load_balancing_coef),
+        z_loss_coef=_either(config.z_loss_coef, own.z_loss_coef),
+    )
+    if policy.scope != "off" and not policy.on:
+        return policy, {"balance_scope": "with both coefficients 0"}
+    return policy, {}
+
+
+def _either(given: float | None, own: float) -> float:
+    return own if given is None else given
+
+
+def describe_balance(policy: BalancePolicy, model: nn.Module) -> str:
+    if not has_router(model):
+        return "no router"
+    if not policy.on:
+        return "routers observed, not balanced"
+    return (
+        f"load balancing {policy.load_balancing_coef:g}, z-loss {policy.z_loss_coef:g}, "
+        f"f over {policy.scope}"
+    )
+
+
+def describe_log(session: Session) -> str:
+    """metrics.jsonl, and what its mirror does."""
+    mode = "none" if session.tracker is None else session.tracker.mode
+    return "metrics.jsonl" + ("" if mode == "none" else f" + W&B {mode}")
+
+
+def first_prompts(held_out: Examples, train: Examples, *, count: int) -> tuple[Examples, str]:
+    """The examples whose prompts are answered before and after, and a word on where from."""
+    if len(held_out):
+        return held_out.select(range(min(count, len(held_out)))), "held-out"
+    return train.select(range(min(count, len(train)))), "training (--val-set-size 0)"
+
+
+def answers(
+    model: nn.Module,
+    prompts: Sequence[PromptRow],
+    text_path: TextPath,
+    *,
+    max_new_tokens: int,
+    device: torch.device,
+) -> list[str]:
+    """The greedy answer to each prompt."""
+    if not prompts:
+        return []
+    ids, mask = pad_batch(
+        [row["prompt_ids"] for row in prompts], pad_id=text_path.pad_id, side="left"
+    )
+    rollout = sample(
+        model,
+        ids.to(device),
+        prompt_mask_BP=mask.to(device),
+        max_new_tokens=max_new_tokens,
+        temperature=0.0,
+        stop_ids=text_path.stop_ids,
+        seed=0,
+        pad_id=text_path.pad_id,
+    )
+    return [
+        text_path.decode(row[kept].tolist()).strip()
+        for row, kept in zip(rollout.response_BR.cpu(), rollout.mask_BR.cpu(), strict=True)
+    ]
+
+
+def before_and_after(
+    prompts: Sequence[PromptRow], before: Sequence[str], after: Sequence[str]
+) -> list[dict[str, str]]:
+    """Rows of samples.jsonl."""
+    return [
+        {"prompt": row["prompt"], "before": old, "after": new}
+        for row, old, new in zip(prompts, before, after, strict=True)
+    ]
+
+
+def leave_processes(state: PartialState) -> None:
+    """Wait for the others and part, so that no process is torn away from a collective call."""
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        state.destroy_process_group()
