@@ -42,9 +42,7 @@ class Entry:
 
 def experiments() -> list[Entry]:
     """Every experiment of this folder, in the order of their names."""
-    return [
-        describe(path) for path in sorted(HERE.glob("*.py")) if path.stem not in TOOLS
-    ]
+    return [describe(path) for path in sorted(HERE.glob("*.py")) if path.stem not in TOOLS]
 
 
 def describe(path: Path) -> Entry:

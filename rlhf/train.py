@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe.errors import UserError
-from sft.command import TrainingConfig, first_process_speaks, option, parse_training
+from sft.command import BalanceScope, TrainingConfig, first_process_speaks, option, parse_training
 from sft.flags import main_guard
 
 COMMAND = "rlhf.train"
@@ -39,11 +39,10 @@ METHODS_OF: dict[str, tuple[Method, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainingConfig):
-    """The options of rlhf.train. A built-in balance_scope `off` is that of every method."""
+    """The options of rlhf.train."""
 
     method: Method = field(metadata={"help": "reward model, DPO or PPO"})
     lr: float = option(5e-5, "peak learning rate")
-    balance_scope: Literal["off", "micro_batch", "optimizer_step"] = option("off", "what f counts")
     log_steps: int = option(0, "steps between metrics; 0: 10, ppo each update")
     center: bool = option(True, "rm: shift its mean score to 0")
     center_coef: float = option(0.0, "rm: pull of scores towards 0")
@@ -83,6 +82,11 @@ class Config(TrainingConfig):
                     f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt within "
                     f"--max-length {self.max_length}."
                 )
+
+    @property
+    def scope(self) -> BalanceScope:
+        """A policy is balanced only when asked: the balance pulls it away from its reference."""
+        return "off" if self.balance_scope == "auto" and self.method != "rm" else super().scope
 
     def idle(self) -> dict[str, str]:
         idle = super().idle()

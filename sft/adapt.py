@@ -166,7 +166,8 @@ def adapter_base(folder: Path) -> str:
 
 def adapter_spec(model: nn.Module, name: str) -> LoraSpec:
     """Rank, alpha and parts of an adapter that the model carries."""
-    config = model.peft_config[name]  # type: ignore[index]
+    wrapped: Any = model
+    config = wrapped.peft_config[name]
     found = {part_of(n) for n, _ in model.named_parameters() if f".{name}" in n and "lora_" in n}
     targets = tuple(part for part in LORA_PARTS if part in found)
     return LoraSpec(rank=config.r, alpha=config.lora_alpha, targets=targets)

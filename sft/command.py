@@ -20,6 +20,7 @@ ALIASES = {**SHARED_ALIASES, "log": "mirror"}
 # Where a run goes and how it speaks is no part of what it is.
 PLACES = ("out", "resume", "overwrite", "quiet")
 
+BalanceScope = Literal["off", "micro_batch", "optimizer_step"]
 LoraTarget = Literal["auto", "all", "attention", "experts", "router", "ffn"]
 
 
@@ -52,8 +53,8 @@ class TrainingConfig:
     lora_targets: tuple[LoraTarget, ...] = option(("auto",), "parts; auto: all but the router")
     load_balancing_coef: float | None = option(None, "none: the model's own")
     z_loss_coef: float | None = option(None, "none: the model's own")
-    balance_scope: Literal["off", "micro_batch", "optimizer_step"] = option(
-        "micro_batch", "what f counts"
+    balance_scope: Literal["auto", "off", "micro_batch", "optimizer_step"] = option(
+        "auto", "what f counts; auto: micro_batch, dpo and ppo off"
     )
     activation_checkpointing: bool = option(False, "less memory, more time")
     seed: int = option(0, "order, adapters, draws")
@@ -89,9 +90,14 @@ class TrainingConfig:
         if not self.epochs > 0:
             raise UserError(f"--epochs is {self.epochs:g}: it must be above 0.")
 
+    @property
+    def scope(self) -> BalanceScope:
+        """What the experts' shares f of the balance loss are counted over."""
+        return "micro_batch" if self.balance_scope == "auto" else self.balance_scope
+
     def idle(self) -> dict[str, str]:
         """Options without effect in this configuration, and why ("with --lora-rank 0")."""
-        idle = {}
+        idle: dict[str, str] = {}
         if not self.lora_rank:
             reason = "with --lora-rank 0, a full update"
             idle |= {"lora_alpha": reason, "lora_targets": reason}
@@ -101,8 +107,8 @@ class TrainingConfig:
             idle["epochs"] = "beside --max-steps"
         if self.lr_schedule == "constant":
             idle["warmup_steps"] = "with --lr-schedule constant"
-        if self.balance_scope == "off":
-            reason = "with --balance-scope off"
+        if self.scope == "off":
+            reason = "with --balance-scope off" + " (auto)" * (self.balance_scope == "auto")
             idle |= {"load_balancing_coef": reason, "z_loss_coef": reason}
         if not self.num_samples:
             idle["max_new_tokens"] = "with --num-samples 0"

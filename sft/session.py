@@ -346,9 +346,9 @@ def balance_policy(
         reason = "for this model: it has no router that can be observed"
         names = ("load_balancing_coef", "z_loss_coef", "balance_scope")
         return BalancePolicy(scope="off"), dict.fromkeys(names, reason)
-    own = BalancePolicy.of_model(model, scope=config.balance_scope)
+    own = BalancePolicy.of_model(model, scope=config.scope)
     policy = BalancePolicy(
-        scope=config.balance_scope,
+        scope=config.scope,
         load_balancing_coef=_either(config.load_balancing_coef, own.load_balancing_coef),
         z_loss_coef=_either(config.z_loss_coef, own.z_loss_coef),
     )

@@ -216,13 +216,11 @@ def test_a_part_that_the_model_lacks_is_refused_with_what_it_has(
 
 def test_targets_cover_every_layer_and_nothing_else() -> None:
     modules, parameters = lora_targets(tiny_lm(), ("attention", "experts", "router"))
-    assert sorted(modules) == sorted(
-        f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qkvo"
-    )
+    attention = [f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "kovq"]
+    assert sorted(modules) == ["model.layers.0.mlp.gate", *attention]
     assert sorted(parameters) == [
         "model.layers.0.mlp.experts.down_proj",
         "model.layers.0.mlp.experts.gate_up_proj",
-        "model.layers.0.mlp.gate.weight",
     ]
 
 

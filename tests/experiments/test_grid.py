@@ -1,0 +1,27 @@
+"""Jobs with dependencies; the functions come from the standard library so that workers find them."""
+
+import operator
+import os
+from pathlib import Path
+
+import pytest
+
+from experiments.lab.grid import Job, JobFailed, run_grid
+
+
+def test_jobs_run_after_those_they_name_and_are_reported_when_done(tmp_path: Path) -> None:
+    inner = tmp_path / "a" / "b"
+    done: list[str] = []
+    jobs = [
+        Job(name="inner", function=os.mkdir, arguments=(str(inner),), after=("outer",)),
+        Job(name="outer", function=os.mkdir, arguments=(str(tmp_path / "a"),)),
+    ]
+    run_grid(jobs, processes=2, on_done=done.append, quiet=True)
+    assert inner.is_dir()
+    assert done == ["outer", "inner"]
+
+
+def test_a_job_that_raises_is_named_with_its_reason() -> None:
+    jobs = [Job(name="s0 dpo", function=operator.truediv, arguments=(1, 0))]
+    with pytest.raises(JobFailed, match="s0 dpo: ZeroDivisionError: division by zero"):
+        run_grid(jobs, processes=1, quiet=True)

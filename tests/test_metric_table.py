@@ -1,0 +1,46 @@
+"""A metric key is defined once, in the README's table; what is logged and what is defined agree."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("sft/trainer.py", "sft/loss.py", "moe/stats.py", "rlhf")
+AREAS = "train|lm|router|preference|reward|logp|policy|value|rollout"
+# Sums that `value/explained_variance` is computed from, and what no trainer switches on: not logged.
+PIECES = {
+    "policy/dual_clip_fraction",
+    "value/error",
+    "value/error_squared",
+    "value/return",
+    "value/return_squared",
+}
+
+
+def defined() -> set[str]:
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is logged")[1]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    return {
+        key.partition("[")[0] for row in rows for key in re.findall(r"`([a-z0-9_/\[\]N]+)`", row)
+    }
+
+
+def logged() -> set[str]:
+    keys: set[str] = set()
+    for source in SOURCES:
+        path = ROOT / source
+        for file in [path] if path.is_file() else path.rglob("*.py"):
+            text = file.read_text(encoding="utf-8")
+            keys |= set(re.findall(rf'"((?:{AREAS})/[a-z0-9_]+)"', text))
+    # RouterStats names its measures in one dictionary.
+    stats = (ROOT / "moe" / "stats.py").read_text(encoding="utf-8")
+    measures = stats.split("measures = {")[1].split("}")[0]
+    keys |= {f"router/{name}" for name in re.findall(r'"([a-z_]+)":', measures)}
+    return keys - PIECES
+
+
+def test_every_logged_metric_is_defined_in_the_readme() -> None:
+    assert logged() - defined() == set()
+
+
+def test_every_defined_metric_is_logged() -> None:
+    assert defined() - logged() == set()
