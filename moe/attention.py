@@ -105,9 +105,7 @@ class GroupedQueryAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (B, S, D) to (B, S, D), and the probabilities where the backend gives
-        them.
-        """
+        """(B, S, D) to (B, S, D), and the probabilities where the backend gives them."""
         split = "b s (h n) -> b h s n"
         query = rearrange(self.q_proj(hidden_states), split, n=self.head_dim)
         key = rearrange(self.k_proj(hidden_states), split, n=self.head_dim)

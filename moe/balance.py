@@ -58,8 +58,7 @@ def balance_sums(routing: Routing) -> BalanceSums:
 
 
 def load_balancing_value(sums: BalanceSums, *, fraction_E: Tensor | None = None) -> Tensor:
-    """E * sum_i f_i P_i (Fedus et al. 2022, eq. 4 with k choices: f = count / (k N)), 0-dim
-    float32.
+    """E * sum_i f_i P_i, 0-dim float32 (Fedus et al. 2022, eq. 4; f = count / (k N) for k choices).
 
     1 at uniform routing, E / K when every token goes to the same K experts. 0 without tokens.
     fraction_E: f from a wider scope than these sums (no gradient); default from the sums.
@@ -86,7 +85,5 @@ def z_loss(routing: Routing) -> Tensor:
 
 
 def mean_over_layers(values: Sequence[Tensor]) -> Tensor:
-    """The model's value is the mean over its MoE layers, so a coefficient means the same at any
-    depth.
-    """
+    """The model's value is the mean over layers, so a coefficient means the same at any depth."""
     return torch.stack(list(values)).mean()

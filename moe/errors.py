@@ -5,6 +5,4 @@ Commands catch it, print its sentence without a traceback and leave with exit co
 
 
 class UserError(ValueError):
-    """Something a user can cause and mend; the message says what, where, what is allowed, what to
-    do.
-    """
+    """What a user can cause and mend: the message says what, where, what is allowed, what to do."""

@@ -31,9 +31,7 @@ FOREIGN_ROUTERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedForward:
-    """One forward pass: sample_ids (B,), mask_BS (True for real tokens), a Routing per MoE
-    layer.
-    """
+    """One pass: sample_ids (B,), mask_BS (True on real tokens), a Routing per MoE layer."""
 
     sample_ids: Tensor
     mask_BS: Tensor

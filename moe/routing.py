@@ -58,9 +58,7 @@ class RouterSpec:
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether a token's output is free of its neighbours in the batch (capacity couples
-        them).
-        """
+        """Whether a token's output is free of its batch neighbours; capacity couples them."""
         return self.capacity_factor is None
 
 
@@ -105,9 +103,7 @@ def capacity_limit(spec: RouterSpec, num_tokens: int) -> int:
 
 
 def _within_capacity(expert_TK: Tensor, mask_T: Tensor, spec: RouterSpec) -> Tensor:
-    """True (T, K) for the assignments that fit: all first choices in token order, then all
-    second.
-    """
+    """True (T, K) where the assignment fits: all first choices in token order, then the second."""
     expert_KT = rearrange(expert_TK, "t k -> (k t)")
     real_KT = mask_T.repeat(spec.top_k)
     taken_AE = torch.nn.functional.one_hot(expert_KT, spec.num_experts) * real_KT[:, None]

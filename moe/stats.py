@@ -118,9 +118,7 @@ class RouterStats:
         return self.dropped_L / (self.tokens_L * self.top_k).clamp(min=1)
 
     def to_metrics(self) -> dict[str, float]:
-        """`router/<measure>/layer_NN` for each layer and `router/<measure>`, the mean over
-        layers.
-        """
+        """`router/<measure>/layer_NN` per layer and `router/<measure>`, their mean."""
         measures = {
             "load_entropy": self.load_entropy_L,
             "token_entropy": self.token_entropy_L,

@@ -37,9 +37,7 @@ class SwitchFFN(nn.Module):
         )
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Returns the output (B, S, D), zero on padding, and the decision for the T = B*S
-        tokens.
-        """
+        """The output (B, S, D), zero on padding, and the decision for the T = B*S tokens."""
         batch, length, _ = x_BSD.shape
         x_TD = rearrange(x_BSD, "b s d -> (b s) d")
         routing = route(

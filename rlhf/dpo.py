@@ -28,9 +28,7 @@ STEP_ZERO_TOLERANCE = 1e-4  # float32 sums over some hundred tokens, times beta
 
 
 class SelfCheckFailed(RuntimeError):
-    """A quantity that is known beforehand came out otherwise: the run would measure something
-    else.
-    """
+    """A quantity known beforehand came out otherwise, so the run would measure something else."""
 
 
 def refuse_batch_coupling(model: nn.Module) -> None:

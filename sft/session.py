@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ def join_processes() -> PartialState:
     """Meet the processes that a launcher started; alone without one. CPU where there is no GPU."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     return PartialState(cpu=not torch.cuda.is_available())
 
 
@@ -94,8 +96,8 @@ class Display:
             self._draw(step, total)
         elif now - self._last_line >= LINE_SECONDS or step == total:
             self._last_line = now
-            print(f"{self.stage} {step}/{total}  {self._left(now, step, total)}{self._facts()}")
-            sys.stdout.flush()
+            line = f"{self.stage} {step}/{total}  {self._left(now, step, total)}{self._facts()}"
+            print(line.rstrip(), flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

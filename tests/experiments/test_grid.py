@@ -1,4 +1,4 @@
-"""Jobs with dependencies; the functions come from the standard library so that workers find them."""
+"""Jobs with dependencies; functions come from the standard library so that workers find them."""
 
 import operator
 import os

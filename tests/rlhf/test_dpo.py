@@ -20,7 +20,7 @@ from sft.adapt import LoraSpec, add_lora, copy_adapter
 from sft.checkpoint import MANIFEST, live_tensors
 from sft.data import PreferenceCollator
 from sft.text import pad_batch
-from sft.trainer import BalancePolicy, TrainSettings
+from sft.trainer import BalancePolicy, StepOrder, TrainSettings
 
 LN_2 = math.log(2.0)
 SPEC = LoraSpec(rank=2, alpha=4, targets=("attention", "experts", "router"))
@@ -222,29 +222,25 @@ def test_splitting_the_pairs_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_reference_pass_is_not_counted_in_the_routers_metrics(tmp_path: Path) -> None:
-    """One optimizer step over 8 pairs routes their tokens once, not twice."""
-    model = tiny_lm()
+    """Policy and reference share their routers here, and only the policy's pass counts."""
     rows = []
 
     class Tracker:
         def log(self, metrics: dict[str, Any], **kwargs: Any) -> None:
             rows.append(metrics)
 
-    balance = BalancePolicy(load_balancing_coef=1e-3)
+    model, reference = frozen_adapter()
     trainer = dpo_trainer(
-        model, tmp_path, reference=FrozenAdapter(add_lora(model, SPEC), None), max_steps=1,
-        options={"tracker": Tracker(), "balance": balance},
+        model, tmp_path, reference=reference, max_steps=1,
+        options={"tracker": Tracker(), "balance": BalancePolicy(load_balancing_coef=1e-3)},
     )  # fmt: skip
-    seen = []
-    count = trainer.count_units
-
-    def counting(batch: Any) -> int:
-        seen.append(int(batch["attention_mask"].sum()))
-        return count(batch)
-
-    trainer.count_units = counting  # type: ignore[method-assign]
     trainer.fit()
-    assert rows[0]["router/balance_loss"][1] == sum(seen)
+    chosen = [pairs()[i] for i in StepOrder(24, num_samples=8, seed=0)]
+    tokens = sum(
+        2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+        for row in chosen
+    )
+    assert rows[0]["router/balance_loss"][1] == tokens
 
 
 # --- log-probabilities

@@ -216,7 +216,7 @@ def test_a_part_that_the_model_lacks_is_refused_with_what_it_has(
 
 def test_targets_cover_every_layer_and_nothing_else() -> None:
     modules, parameters = lora_targets(tiny_lm(), ("attention", "experts", "router"))
-    attention = [f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "kovq"]
+    attention = [f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "koqv"]
     assert sorted(modules) == ["model.layers.0.mlp.gate", *attention]
     assert sorted(parameters) == [
         "model.layers.0.mlp.experts.down_proj",
