@@ -142,9 +142,9 @@ LAPTOP = Scale(
     frontier_points=6,
     num_routing_texts=96,
     save_steps=60,
-    dpo=DPOArm(beta=0.1, lr=3e-4, epochs=1.0, batch_size=32),
-    ppo=PPOArm(kl_coef=0.2, lr=3e-4, updates=40, episodes=64, epochs=2, minibatches=2),
-    best_of_n=BestOfNArm(n=16),
+    dpo=DPOArm(beta=0.3, lr=6e-4, epochs=1.0, batch_size=32),
+    ppo=PPOArm(kl_coef=0.2, lr=5e-4, updates=40, episodes=64, epochs=2, minibatches=2),
+    best_of_n=BestOfNArm(n=32),
 )
 
 DEBUG = Scale(
