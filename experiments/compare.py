@@ -516,7 +516,7 @@ def _print_header(config: Config, folder: Path) -> None:
 def _show(summary: Mapping[str, Any]) -> None:
     from rich.console import Console
 
-    from experiments.lab.report import console_table, sentences
+    from experiments.lab.tables import console_table, sentences
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     seeds = summary["seeds"]

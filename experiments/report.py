@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m experiments.report",
         description="Rebuild report.html, table.md and figures/ of runs from their files.",
     ).config
-    from experiments.lab.report import read_summary, write_all
+    from experiments.lab.report import write_all
+    from experiments.lab.runfiles import read_summary
 
     for folder in config.runs:
         read_summary(folder)  # a mistyped folder stops the command before anything is written

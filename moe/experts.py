@@ -17,7 +17,7 @@ from moe.routing import Routing
 def run_experts_naive(
     x_TD: Tensor, routing: Routing, *, gate_up_EGD: Tensor, down_EDF: Tensor
 ) -> Tensor:
-    """Sum over kept assignments of weight * down(silu(gate(x)) * up(x)); in G = 2F gate is first."""
+    """Sum over kept assignments of weight * down(silu(gate(x)) * up(x)); gate first in G = 2F."""
     out_TD = []
     for t in range(x_TD.shape[0]):
         total_D = torch.zeros_like(x_TD[t])

@@ -197,10 +197,13 @@ def batches_of(job: Job, rows: Sequence[PreferenceRow]) -> list[dict[str, Tensor
     return [{name: x.to(job.device) for name, x in batch.items()} for batch in batches]
 
 
-def save_trained(job: Job, session: Session, policy: nn.Module, lines: Sequence[str]) -> None:
+def save_trained(
+    job: Job, session: Session, policy: nn.Module, lines: Sequence[str], *, state: Any = None
+) -> None:
+    """Write the policy and say how it went and where it is."""
     where = session.run.folder
     if session.first:
-        where = save_policy(policy, job.text_path, where, base=job.found.base)
+        where = save_policy(policy, job.text_path, where, base=job.found.base, state=state)
     session.conclude(lines, where=where)
 
 

@@ -61,14 +61,16 @@ from sft.models import (
     load_causal_lm,
     load_scalar_model,
     lora_spec,
-    save_policy,
     tokenizer_of,
 )
 from sft.session import (
     already_finished,
     before_and_after,
+    is_sharded,
     join_processes,
+    latest,
     leave_processes,
+    whole_state,
 )
 from sft.text import TextPath, load_tokenizer, pick_template
 
@@ -144,7 +146,8 @@ def train_reward_model(job: Job) -> None:
         seconds = session.fit(trainer, resume=config.resume is not None)
         after = reward_accuracy(trainer.model, held_out) if held_out else None
         shift = _center(job, trainer.model, rows) if config.center else 0.0
-        lines = [f"train loss {trainer.state.log_history[-1]['train/loss']:.4f} (ln 2 is 0.6931)"]
+        train_loss = latest(trainer)["train/loss"]
+        lines = [f"train loss {train_loss:.4f} (ln 2 is 0.6931)"]
         if before is not None and after is not None:
             session.log(
                 {
@@ -160,7 +163,7 @@ def train_reward_model(job: Job) -> None:
             {
                 "method": "rm",
                 "steps": settings.max_steps,
-                "train_loss": trainer.state.log_history[-1]["train/loss"],
+                "train_loss": train_loss,
                 "accuracy_before": None if before is None else asdict(before),
                 "accuracy": None if after is None else asdict(after),
                 "shift": shift,
@@ -168,10 +171,8 @@ def train_reward_model(job: Job) -> None:
             samples=[],
             seconds=seconds,
         )
-        where = session.run.folder
-        if session.first:
-            where = save_policy(merged(trainer.model), text_path, session.run.folder)
-        session.conclude(lines, where=where)
+        state = whole_state(trainer)
+        save_trained(job, session, merged(trainer.model), lines, state=state)
 
 
 def _center(job: Job, model: nn.Module, rows: Sequence[PreferenceRow]) -> float:
@@ -238,7 +239,7 @@ def train_dpo(job: Job) -> None:
         before, texts_before = look()
         seconds = session.fit(trainer, resume=config.resume is not None)
         after, texts_after = look()
-        last = trainer.state.log_history[-1]
+        last = latest(trainer)
         lines = [f"train loss {last['train/loss']:.4f} (ln 2 is 0.6931 at the reference)"]
         if before is not None and after is not None:
             lines.append(
@@ -265,7 +266,7 @@ def train_dpo(job: Job) -> None:
             samples=before_and_after(prompts, texts_before, texts_after),
             seconds=seconds,
         )
-        save_trained(job, session, policy.model, lines)
+        save_trained(job, session, policy.model, lines, state=whole_state(trainer))
 
 
 # PPO.
@@ -275,7 +276,12 @@ def train_ppo(job: Job) -> None:
     """Proximal policy optimisation against a reward model; the critic starts as its copy."""
     config, text_path = job.config, job.text_path
     assert config.reward_model is not None
-    remark = _check_reward_model(job, config.reward_model)
+    if is_sharded():
+        raise UserError(
+            "--method ppo cannot draw answers from a model that is sharded over processes: use "
+            "data parallelism (sft/accelerate/ddp_cpu.yaml, or torchrun)."
+        )
+    remark, idle = _check_reward_model(job, config.reward_model)
     policy = make_policy(job)
     reward_model = load_scalar_model(config.reward_model).requires_grad_(False)
     reward = ModelReward(model=reward_model.to(job.device), batch_size=job.micro_batch)
@@ -303,7 +309,8 @@ def train_ppo(job: Job) -> None:
         kept = job.val.select(range(min(len(job.val), EVALUATION_PROMPTS)))
         val_rows = prompt_rows(kept, text_path, max_prompt_length=room)
     reward_files = find_model(config.reward_model).files
-    with job.session(policy.idle, reward_model=fingerprint_files(reward_files)) as session:
+    idle |= policy.idle
+    with job.session(idle, reward_model=fingerprint_files(reward_files)) as session:
         trainer = PPOTrainer(
             policy.model,
             settings,
@@ -319,7 +326,7 @@ def train_ppo(job: Job) -> None:
             **session.trainer_options(),
         )
         data = [f"{job.train.name}: {len(rows):,} prompts, {len(job.val):,} held out", *rows.notes]
-        job.header(session, trainer, size=policy.size, data=[*data, *remark])
+        job.header(session, trainer, size=policy.size, data=[*data, remark])
         prompts, origin = sample_prompts(job)
 
         def look() -> tuple[PolicyScores | None, list[str]]:
@@ -341,7 +348,7 @@ def train_ppo(job: Job) -> None:
         before, texts_before = look()
         seconds = session.fit(trainer, resume=config.resume is not None)
         after, texts_after = look()
-        last = trainer.state.log_history[-1]
+        last = latest(trainer)
         lines = [
             f"last update: reward {last['reward/score']:+.4f}, "
             f"KL {last['policy/kl_sequence']:.4f}, length {last['rollout/length']:.1f}, "
@@ -407,8 +414,11 @@ def _kl_controller(config: Config) -> KLController:
     return AdaptiveKL(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
 
 
-def _check_reward_model(job: Job, folder: Path) -> list[str]:
-    """What is said of the reward model; raises UserError for one that PPO should not follow."""
+def _check_reward_model(job: Job, folder: Path) -> tuple[str, dict[str, str]]:
+    """What is said of the reward model, and the option that is idle with a good one.
+
+    Raises UserError for one that PPO should not follow.
+    """
     found = find_model(folder)
     if load_tokenizer(found.tokenizer).get_vocab() != job.text_path.tokenizer.get_vocab():
         raise UserError(
@@ -421,11 +431,10 @@ def _check_reward_model(job: Job, folder: Path) -> list[str]:
         accuracy = json.loads(summary.read_text(encoding="utf-8")).get("accuracy")
     weakness = _weakness(accuracy)
     if weakness is None:
-        refuse_idle(
-            job.parsed, {"allow_weak_reward_model": "for this reward model, which is above chance"}
-        )
+        idle = {"allow_weak_reward_model": "for this reward model, which is above chance"}
+        refuse_idle(job.parsed, idle)
         assert accuracy is not None
-        return [f"reward model {folder}: held-out accuracy {accuracy['accuracy']:.3f}"]
+        return f"reward model {folder}: held-out accuracy {accuracy['accuracy']:.3f}", idle
     if not job.config.allow_weak_reward_model:
         raise UserError(f"{weakness} Give --allow-weak-reward-model to go on with it.")
-    return [f"reward model {folder}, allowed: {weakness}"]
+    return f"reward model {folder}, allowed: {weakness}", {}

@@ -280,13 +280,13 @@ class PPOTrainer(StageTrainer):
     def _collect(self, update: int) -> RolloutBuffer:
         """Draw, score, and prepare advantages for one update."""
         device = self.args.device
-        count, processes = self.ppo.episodes, self.accelerator.num_processes
+        count = self.ppo.episodes
         chosen = self._prompt_rows(update)
         prompt_BP, prompt_mask_BP = pad_batch(
             [self.prompts[i]["prompt_ids"] for i in chosen], pad_id=self.pad_id, side="left"
         )
         prompt_BP, prompt_mask_BP = prompt_BP.to(device), prompt_mask_BP.to(device)
-        mine = list(range(self.accelerator.process_index, count, processes))
+        mine = self._own_episodes()
         rollout = sample(
             self.policy,
             prompt_BP[mine],
@@ -330,6 +330,12 @@ class PPOTrainer(StageTrainer):
             drawn_logp_BR=drawn_logp_BR,
             ended_B=ended_B,
         )
+
+    def _own_episodes(self) -> list[int]:
+        """The episodes of an update that this process draws."""
+        accelerator = self.accelerator
+        start, step = accelerator.process_index, accelerator.num_processes
+        return list(range(start, self.ppo.episodes, step))
 
     def _gather_rows(self, mine: Tensor, rows: list[int]) -> Tensor:
         """Rows of every process in their global places."""
@@ -402,17 +408,19 @@ class PPOTrainer(StageTrainer):
             )
         kl_B = torch.where(mask_BR, kl.k1(old_logp_BR, ref_logp_BR), 0.0).sum(dim=1)
         mismatch_BR = torch.where(mask_BR, (old_logp_BR - drawn_logp_BR).abs(), 0.0)
+        # Every process holds all episodes, and sums are added over processes: each gives its own.
+        mine = self._own_episodes()
         self._sums.add(
             LossOutput(
-                loss_sum=score_B.sum(),
-                count=mask_BR.any(dim=1).sum(),
+                loss_sum=score_B[mine].sum(),
+                count=mask_BR[mine].any(dim=1).sum(),
                 metrics={
-                    "reward/score": metric(buffer.score_B),
-                    "reward/shaped": metric(torch.where(mask_BR, reward_BR, 0.0).sum(dim=1)),
-                    "policy/kl_sequence": metric(kl_B),
-                    "policy/kl_coef": metric(torch.full_like(kl_B, coef)),
-                    "rollout/length": metric(mask_BR.sum(dim=1).float()),
-                    "rollout/ended": metric(ended_B.float()),
+                    "reward/score": metric(buffer.score_B[mine]),
+                    "reward/shaped": metric(torch.where(mask_BR, reward_BR, 0.0).sum(dim=1)[mine]),
+                    "policy/kl_sequence": metric(kl_B[mine]),
+                    "policy/kl_coef": metric(torch.full_like(kl_B, coef)[mine]),
+                    "rollout/length": metric(mask_BR.sum(dim=1).float()[mine]),
+                    "rollout/ended": metric(ended_B.float()[mine]),
                 },
                 maxima={"rollout/logp_mismatch": mismatch_BR.max()},
             )

@@ -109,10 +109,17 @@ def add_lora(model: nn.Module, spec: LoraSpec, *, name: str = "default") -> nn.M
     return get_peft_model(model, config, adapter_name=name)
 
 
-def save_adapter(model: nn.Module, folder: Path, *, base: str) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: Path,
+    *,
+    base: str,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write the active adapter in PEFT's own layout; `peft.PeftModel.from_pretrained` opens it.
 
-    base: the folder of the base model, as `adapter_config.json` is to name it.
+    base: the folder of the base model, as `adapter_config.json` is to name it. state: the wrapped
+    model's weights, where its own are sharded.
     """
     wrapped: Any = model
     name = wrapped.active_adapter
@@ -120,7 +127,10 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str) -> None:
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     # Looking at the base's embeddings to decide whether to save them would ask the network.
-    wrapped.save_pretrained(temporary, selected_adapters=[name], save_embedding_layers=False)
+    options: dict[str, Any] = {} if state is None else {"state_dict": dict(state)}
+    wrapped.save_pretrained(
+        temporary, selected_adapters=[name], save_embedding_layers=False, **options
+    )
     (temporary / "README.md").unlink(missing_ok=True)  # an empty form to fill in
     shutil.rmtree(folder, ignore_errors=True)
     # PEFT puts an adapter that is not called "default" one folder deeper.

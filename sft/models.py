@@ -7,7 +7,7 @@ every parameter. Nothing is ever fetched.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,22 +258,28 @@ def adapted(model: nn.Module, spec: LoraSpec, *, seed: int) -> nn.Module:
 
 
 def save_policy(
-    model: nn.Module, text_path: TextPath, folder: Path, *, base: Path | None = None
+    model: nn.Module,
+    text_path: TextPath,
+    folder: Path,
+    *,
+    base: Path | None = None,
+    state: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write the final model of a run into `folder` and return where it is.
 
     A full model goes to `model/` by save_pretrained, an adapter to `adapter/` in PEFT's layout
-    (`base` is its base's folder); the tokenizer lies beside either.
+    (`base` is its base's folder); the tokenizer lies beside either. state: the weights to write
+    in place of the model's own, where those are sharded.
     """
     if is_adapted(model):
         assert base is not None
         target = folder / ADAPTER
-        save_adapter(model, target, base=str(base))
+        save_adapter(model, target, base=str(base), state=state)
     else:
         target = folder / MODEL
         make_consistent(model, text_path)
         plain: Any = model
-        plain.save_pretrained(target)
+        plain.save_pretrained(target, state_dict=None if state is None else dict(state))
     _saveable_tokenizer(text_path).save_pretrained(target)
     return target
 

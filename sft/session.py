@@ -6,6 +6,7 @@ work; only the first one makes folders, writes files and prints.
 
 import json
 import math
+import os
 import sys
 import time
 import warnings
@@ -113,8 +114,7 @@ class Display:
         return f"{seconds // 60}:{seconds % 60:02d} left  "
 
     def _facts(self) -> str:
-        history = self.trainer.state.log_history if self.trainer is not None else []
-        last = history[-1] if history else {}
+        last = {} if self.trainer is None else latest(self.trainer)
         shown = [f"{name.split('/')[-1]} {last[name]:.4g}" for name in _SHOWN if name in last]
         return "  ".join(shown[:5])
 
@@ -212,6 +212,28 @@ class Session:
         if self.tracker is not None and self.tracker.sync_command and self.display.on:
             print(f"W&B offline; send with: {self.tracker.sync_command}")
         print(f"in {where}", flush=True)
+
+
+def latest(trainer: StageTrainer) -> dict[str, float]:
+    """The newest logged value of each metric; not every log has every metric."""
+    values: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        values.update(entry)
+    return values
+
+
+def is_sharded() -> bool:
+    """Whether the launcher splits the model's weights over the processes."""
+    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return any(os.environ.get(flag, "").lower() in ("1", "true") for flag in flags)
+
+
+def whole_state(trainer: StageTrainer) -> dict[str, torch.Tensor] | None:
+    """The weights of a sharded model, gathered from all processes; None where each has them all."""
+    if not is_sharded():
+        return None
+    state: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return state
 
 
 def clip(text: str, width: int = 160) -> str:
@@ -336,6 +358,11 @@ def train_settings(
         "activation_checkpointing": config.activation_checkpointing,
     }
     settings = TrainSettings(**{**values, **fixed})
+    if is_sharded() and settings.save_steps:
+        raise UserError(
+            "Checkpoints of a model that is sharded over processes are not written: give "
+            "--save-steps 0."
+        )
     settings.per_process(state.num_processes)
     return settings
 

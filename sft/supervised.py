@@ -61,9 +61,11 @@ from sft.session import (
     describe_log,
     first_prompts,
     join_processes,
+    latest,
     leave_processes,
     open_session,
     train_settings,
+    whole_state,
 )
 from sft.text import TextPath, load_tokenizer, pick_template, train_bpe
 from sft.train import COMMAND, Config
@@ -274,7 +276,7 @@ def _fit(
     loss_before, texts_before = look()
     seconds = session.fit(trainer, resume=config.resume is not None)
     loss_after, texts_after = look()
-    train_loss = float(trainer.state.log_history[-1]["train/loss"])
+    train_loss = latest(trainer)["train/loss"]
     summary = {
         "stage": config.stage,
         "steps": trainer.state.global_step,
@@ -287,10 +289,10 @@ def _fit(
         "samples_from": origin if prompts else None,
     }
     where = session.run.folder
+    state = whole_state(trainer)
     if session.first:
-        where = save_policy(
-            model, text_path, session.run.folder, base=None if found is None else found.base
-        )
+        base = None if found is None else found.base
+        where = save_policy(model, text_path, where, base=base, state=state)
     lines = [f"train loss {train_loss:.4f} (perplexity {math.exp(train_loss):.2f})"]
     if loss_before is not None and loss_after is not None:
         count = sum(count_supervised(row) for row in corpus.val_rows)

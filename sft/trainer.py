@@ -103,9 +103,7 @@ class TrainSettings:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
         if self.micro_batch_size < 0:
-            raise UserError(
-                f"micro_batch_size is {self.micro_batch_size}: it must be at least 0."
-            )
+            raise UserError(f"micro_batch_size is {self.micro_batch_size}: it must be at least 0.")
         if not self.lr > 0:
             raise UserError(f"lr {self.lr} must be above 0.")
 
@@ -183,11 +181,11 @@ class _Sums:
         self.stats = stats if self.stats is None else self.stats.merge(stats)
 
     def document(self) -> dict[str, Any]:
-        """As JSON; float64 survives it exactly."""
+        """As JSON; float64 survives it exactly. Pairs, because order is the metrics' order."""
         stats = None if self.stats is None else asdict(self.stats)
         return {
-            "sums": self.sums,
-            "maxima": self.maxima,
+            "sums": list(self.sums.items()),
+            "maxima": list(self.maxima.items()),
             "stats": stats and {k: v if k == "top_k" else v.tolist() for k, v in stats.items()},
         }
 
@@ -200,7 +198,7 @@ class _Sums:
                 k: torch.tensor(v, dtype=torch.float64) for k, v in held.items() if k != "top_k"
             }
             stats = RouterStats(**sums, top_k=held["top_k"])
-        return cls(sums=document["sums"], maxima=document["maxima"], stats=stats)
+        return cls(sums=dict(document["sums"]), maxima=dict(document["maxima"]), stats=stats)
 
 
 class _Watch(TrainerCallback):

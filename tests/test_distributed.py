@@ -1,4 +1,4 @@
-"""Two processes give the result of one: by the launcher's DDP for the commands, by FSDP2 directly."""
+"""Two processes give the result of one: the commands under DDP, the model under FSDP2."""
 
 import json
 import os
@@ -21,11 +21,29 @@ ACCELERATE = ROOT / "sft" / "accelerate"
 # Sums over two halves of a batch round otherwise than over the whole; Adam's step is lr at most.
 TOLERANCE = 1e-5
 COMMON = (
-    *("--max-length", "40", "--lr", "1e-3", "--mirror", "none", "--quiet"),
-    *("--max-new-tokens", "4", "--num-samples", "1"),
-    *("--balance-scope", "optimizer_step", "--save-steps", "0", "--log-steps", "1"),
+    *("--max-length", "40", "--lr", "1e-3", "--mirror", "none", "--quiet", "--save-steps", "0"),
+    *("--balance-scope", "optimizer_step", "--log-steps", "1", "--val-set-size", "0.2"),
+)
+DRAWN = ("--max-new-tokens", "4", "--num-samples", "1")
+SFT = (
+    *("--model", "new", "--data", "rows.jsonl", "--max-steps", "2", "--batch-size", "8", *DRAWN),
+    *("--hidden-size", "16", "--num-layers", "2", "--num-experts", "4", "--vocab-size", "300"),
+)
+PAIRS = ("--model", "sft-1", "--data", "pairs.jsonl", "--max-steps", "2", "--batch-size", "8")
+RM = ("--method", "rm", *PAIRS)
+DPO = ("--method", "dpo", *PAIRS, *DRAWN)
+PPO = (
+    *("--method", "ppo", "--model", "sft-1", "--data", "pairs.jsonl", "--reward-model", "rm-1"),
+    *("--updates", "2", "--episodes", "8", "--ppo-epochs", "1", "--minibatches", "2", *DRAWN),
+    "--allow-weak-reward-model",
 )
 WORDS = "the cat dog sat ran red blue home tree sun moon sang saw big small".split()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -42,14 +60,11 @@ class Place:
 
     def launch(self, module: str, *flags: str) -> str:
         """The command over two processes; what they printed."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         answer = subprocess.run(
             [
                 *(sys.executable, "-m", "accelerate.commands.launch"),
                 *("--config_file", str(ACCELERATE / "ddp_cpu.yaml")),
-                *("--num_processes", "2", "--main_process_port", str(port)),
+                *("--num_processes", "2", "--main_process_port", str(free_port())),
                 *("-m", module, *flags, *COMMON),
             ],
             cwd=self.folder,
@@ -71,9 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         return " ".join(rng.choices(WORDS, k=count))
 
     rows = [{"instruction": words(4), "output": words(5)} for _ in range(24)]
-    pairs = [
-        {"prompt": words(4), "chosen": words(6), "rejected": words(3)} for _ in range(24)
-    ]
+    pairs = [{"prompt": words(4), "chosen": words(6), "rejected": words(3)} for _ in range(24)]
     for name, held in (("rows.jsonl", rows), ("pairs.jsonl", pairs)):
         text = "".join(json.dumps(row) + "\n" for row in held)
         (folder / name).write_text(text, encoding="utf-8")
@@ -82,24 +95,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     try:
         made = Place(folder)
         made.run("sft.train", *SFT, "--out", "sft-1")
+        made.run("rlhf.train", *RM, "--out", "rm-1")
         yield made
     finally:
         os.chdir(here)
-
-
-SFT = (
-    *("--model", "new", "--data", "rows.jsonl", "--max-steps", "2", "--batch-size", "8"),
-    *("--hidden-size", "16", "--num-layers", "2", "--num-experts", "4", "--vocab-size", "300"),
-)
-PAIRS = ("--model", "sft-1", "--data", "pairs.jsonl", "--max-steps", "2", "--batch-size", "8")
-RM = ("--method", "rm", *PAIRS)
-# Balanced only in the tests of sft and rm: in the others the scope would be all that is tested.
-DPO = ("--method", "dpo", *PAIRS)
-PPO = (
-    *("--method", "ppo", "--model", "sft-1", "--data", "pairs.jsonl", "--reward-model", "rm-1"),
-    *("--updates", "2", "--episodes", "8", "--ppo-epochs", "1", "--minibatches", "2"),
-    *("--allow-weak-reward-model", "--val-set-size", "0.2"),
-)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -132,5 +131,95 @@ def test_sft_over_two_processes_gives_the_result_of_one(place: Place) -> None:
 
 def test_reward_model_over_two_processes_gives_the_result_of_one(place: Place) -> None:
     printed = place.launch("rlhf.train", *RM, "--out", "rm-2")
-    place.run("rlhf.train", *without_samples(RM), "--out", "rm-1")
     assert_same_result(place.folder / "rm-1", place.folder / "rm-2", printed)
+
+
+def test_dpo_over_two_processes_gives_the_result_of_one(place: Place) -> None:
+    place.run("rlhf.train", *DPO, "--out", "dpo-1")
+    printed = place.launch("rlhf.train", *DPO, "--out", "dpo-2")
+    assert_same_result(place.folder / "dpo-1", place.folder / "dpo-2", printed)
+
+
+def test_ppo_over_two_processes_gives_the_result_of_one(place: Place) -> None:
+    place.run("rlhf.train", *PPO, "--out", "ppo-1")
+    printed = place.launch("rlhf.train", *PPO, "--out", "ppo-2")
+    assert_same_result(place.folder / "ppo-1", place.folder / "ppo-2", printed)
+
+
+def shard_and_step(rank: int, port: int, report: str) -> None:
+    """One process: a sharded and a whole copy make the same step; rank 0 writes what differs."""
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
+    )
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    from moe import MoEConfig, MoEForCausalLM
+
+    torch.manual_seed(0)
+    config = MoEConfig(
+        vocab_size=50,
+        hidden_size=16,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_experts=4,
+    )
+    whole, sharded = MoEForCausalLM(config), MoEForCausalLM(config)
+    sharded.load_state_dict(whole.state_dict())
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    ids = torch.randint(0, 50, (4, 12))
+    for model, rows in ((whole, ids), (sharded, ids[2 * rank : 2 * rank + 2])):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        logits = model(input_ids=rows, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()
+        )
+        loss.backward()
+        optimizer.step()
+    differences = {}
+    for (name, part), parameter in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+        assert isinstance(part, DTensor), name
+        assert part.to_local().numel() < parameter.numel(), name
+        difference = (part.full_tensor() - parameter).detach().abs().max()
+        differences[name] = float(difference)
+    if rank == 0:
+        Path(report).write_text(json.dumps(differences), encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+def test_fully_sharded_model_makes_the_step_of_the_whole_one(tmp_path: Path) -> None:
+    report = tmp_path / "differences.json"
+    torch.multiprocessing.spawn(shard_and_step, args=(free_port(), str(report)), nprocs=2)
+    differences = json.loads(report.read_text(encoding="utf-8"))
+    assert "model.layers.1.mlp.experts.gate_up_proj" in differences
+    assert max(differences.values()) <= TOLERANCE, differences
+
+
+@pytest.mark.parametrize("name", ["ddp_cpu", "fsdp2", "zero3"])
+def test_launcher_configuration_has_only_keys_that_accelerate_knows(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = ACCELERATE / f"{name}.yaml"
+    config = load_config_from_file(str(path))  # raises for a key it does not know
+    stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert stored["num_processes"] == config.num_processes
+    for section in ("fsdp_config", "deepspeed_config"):
+        unknown = set(stored.get(section, {})) - launcher_options(section)
+        assert not unknown, f"accelerate launch has no option for {unknown}"
+    text = path.read_text(encoding="utf-8")
+    assert ("not run" in text.splitlines()[0].lower()) == (name != "ddp_cpu")
+
+
+def launcher_options(section: str) -> set[str]:
+    """The options of `accelerate launch` that a section of its configuration may set."""
+    from accelerate.commands.launch import launch_command_parser
+
+    options = {action.dest for action in launch_command_parser()._actions}
+    # In DeepSpeed's own section accelerate drops no prefix; FSDP's options are all fsdp_*.
+    return {o for o in options if o.startswith("fsdp_")} if section == "fsdp_config" else options

@@ -16,7 +16,7 @@ MEASURES = {
     "dead_experts": "dead",
     "load_entropy": "entropy",
     "max_vio": "MaxVio",
-    "max_vio_floor": "by chance",
+    "max_vio_floor": "MaxVio by chance",
     "dropped_share": "dropped",
 }
 
@@ -29,7 +29,7 @@ def show(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
     shape = summary["shape"]
     console.print(
         f"{summary['model']}: {shape['layers']} MoE layers, {shape['experts']} experts "
-        f"top-{shape['top_k']}; {summary['texts']:,} texts, {summary['tokens']:,} tokens",
+        f"top-{shape['top_k']}; {summary['num_texts']:,} texts, {summary['num_tokens']:,} tokens",
         markup=False,
         highlight=False,
     )
@@ -57,7 +57,7 @@ def _show_loads(
     width = max(map(len, names))
     experts = max(map(len, load_RE))
     with_numbers = width + 6 * experts + 1 <= console.width
-    console.print(f"\n{title}", style="bold", markup=False, highlight=False)
+    _print_title(console, title)
     if with_numbers:
         heads = "".join(f"{expert:^6}" for expert in range(experts))
         console.print(f"{'':<{width}} {heads}", highlight=False)
@@ -71,6 +71,10 @@ def _show_loads(
             for value in row[at : at + step]:
                 line.append(f"{value:^6.2f}" if with_numbers else sign(value), style=shade(value))
             console.print(line, no_wrap=True)
+
+
+def _print_title(console: Console, title: str) -> None:
+    console.print(f"\n{title}", style="bold", markup=False, highlight=False)
 
 
 def sign(value: float) -> str:
@@ -92,12 +96,12 @@ def shade(value: float) -> str:
     return f"{ink} on #{''.join(f'{part:02x}' for part in mixed)}"
 
 
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> Any:
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Any:
     from rich import box
     from rich.table import Table
     from rich.text import Text as RichText
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, name in enumerate(header):
         table.add_column(name, justify="right" if place else "left")
     for row in rows:
@@ -116,7 +120,7 @@ def _layer_table(found: Mapping[str, Any]) -> Any:
         rows.append([str(layer), *(found[key][0][layer] for key in MEASURES)])
     if num_layers > 1:
         rows.append(["mean", *(sum(found[key][0]) / num_layers for key in MEASURES)])
-    return _table("", ["layer", *MEASURES.values()], rows)
+    return _table(["layer", *MEASURES.values()], rows)
 
 
 def _show_drift(console: Console, moved: Mapping[str, Any]) -> None:
@@ -125,14 +129,12 @@ def _show_drift(console: Console, moved: Mapping[str, Any]) -> None:
         for layer, values in enumerate(zip(moved["jaccard"], moved["jsd_bits"], strict=True))
     ]
     chance = moved["jaccard_by_chance_about"]
-    console.print(
-        _table(
-            f"drift against {moved['against']} (Jaccard: 1 same, about {chance:.2f} by chance; "
-            "JS divergence: 0 same, 1 disjoint)",
-            ["layer", "Jaccard", "JSD (bits)"],
-            rows,
-        )
+    _print_title(
+        console,
+        f"drift against {moved['against']} (Jaccard: 1 same, about {chance:.2f} by chance; "
+        "JS divergence: 0 same, 1 disjoint)",
     )
+    console.print(_table(["layer", "Jaccard", "JSD (bits)"], rows))
 
 
 def _show_domains(console: Console, domains: Mapping[str, Any], judged: Mapping[str, Any]) -> None:
@@ -142,7 +144,7 @@ def _show_domains(console: Console, domains: Mapping[str, Any], judged: Mapping[
     layer = max(range(len(gap)), key=gap.__getitem__)
     _show_loads(
         console,
-        f"domains: load / fair share in layer {layer}, where they differ most (domains.csv has all)",
+        f"domains: load / fair share in layer {layer}, where they differ most (all: domains.csv)",
         [load_LE[layer] for load_LE in domains["relative_load"]],
         [f"{n} ({c})" for n, c in zip(domains["names"], domains["texts"], strict=True)],
     )
@@ -153,13 +155,8 @@ def _show_domains(console: Console, domains: Mapping[str, Any], judged: Mapping[
     ]
     means = ("mean_jsd_bits", "mean_jsd_bits_shuffled", "mean_p_value")
     rows.append(["mean", *(domains[key] for key in means)])
-    console.print(
-        _table(
-            "divergence between domains, mean over pairs (bits)",
-            ["layer", "JSD", "labels shuffled", "p"],
-            rows,
-        )
-    )
+    _print_title(console, "divergence between domains, mean over pairs (bits)")
+    console.print(_table(["layer", "JSD", "labels shuffled", "p"], rows))
     console.print(f"verdict: {judged['word']}  (p = {domains['mean_p_value']:.2f})")
 
 
@@ -167,9 +164,6 @@ def _show_tokens(
     console: Console, tokens: Sequence[Mapping[str, Any]], shape: Mapping[str, int]
 ) -> None:
     """Every layer if they fit a screen, else the one with the most specialised tokens."""
-    if not tokens:
-        console.print("\nno token was seen often enough: lower --min-count or give more texts")
-        return
     by_layer = [[row for row in tokens if row["layer"] == at] for at in range(shape["layers"])]
     chosen = list(range(shape["layers"]))
     title = "most specialised tokens: P(expert | token), occurrences"
@@ -185,7 +179,8 @@ def _show_tokens(
                 for r in here
             )
             rows.append([str(layer), str(expert), here[0]["load"] if here else "", shown])
-    table = _table(title, ["layer", "expert", "load", "tokens"], rows)
+    _print_title(console, title)
+    table = _table(["layer", "expert", "load", "tokens"], rows)
     table.columns[-1].justify = "left"
     console.print(table)
 

@@ -30,7 +30,7 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"
 DEAD = "#00283F"
 
-FULL_WIDTH, HALF_WIDTH = 7.2, 4.8  # inches; 7.2 in shown at 700 px makes 9 pt text 12 px tall
+FULL_WIDTH, HALF_WIDTH = 7.2, 4.2  # inches; 7.2 in shown at 700 px makes 9 pt text 12 px tall
 MAX_POINTS = 200  # per line; more are averaged in buckets, or a report outgrows its megabyte
 MAX_VECTOR_CELLS = 1500  # beyond this a heat map is one embedded picture instead of paths
 DEAD_SHARE = 0.1  # moe.stats.DEAD_SHARE, repeated because importing it would bring in torch
@@ -179,7 +179,7 @@ def learning_curves(
 
     splits = splits_of(rows_by_arm_seed, name, stage)
     looks = styles(rows_by_arm_seed)
-    with _figure(f"curve {title} {stage} {name}", (HALF_WIDTH, 3.0)) as figure:
+    with _figure(f"curve {title} {stage} {name}", (HALF_WIDTH, 2.8)) as figure:
         axes = figure.subplots()
         for arm in in_order(rows_by_arm_seed):
             for split in splits:

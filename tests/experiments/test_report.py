@@ -1,6 +1,5 @@
-"""The report of an invented run: complete, partial, hostile; and the command that rebuilds it."""
+"""The page of an invented run: complete, partial, hostile; and the command that rebuilds it."""
 
-import io
 import json
 import math
 import re
@@ -13,22 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from experiments import report as command
-from experiments.lab.report import (
-    console_table,
-    main_table,
-    read_run,
-    sentences,
-    show,
-    stage_seconds,
-    table_markdown,
-    write_all,
-    write_report,
-)
+from experiments.lab.report import write_all, write_report
+from experiments.lab.tables import table_markdown
 from experiments.lab.verdict import compare
-from moe.errors import UserError
 
 GOLD = {"base": 0.1, "few_shot": 0.4, "sft": 1.0, "dpo": 1.55, "ppo": 1.7, "best_of_n": 1.35}
 HIGHER_IS_BETTER = {
@@ -360,7 +348,11 @@ def test_the_command_rebuilds_page_table_and_figures_to_the_same_bytes(
 ) -> None:
     write_all(run)
     assert (run / "report.html").read_text(encoding="utf-8") == page
-    written = [run / "report.html", run / "table.md", *(run / "figures").iterdir()]
+    written = [
+        run / "report.html",
+        run / "table.md",
+        *(run / "figures").iterdir(),
+    ]
     before = {path.name: path.read_bytes() for path in written}
     for name in ("metric", "frontier", "experts", "drift", "minutes", "curve-dpo-train-loss"):
         assert {f"{name}.svg", f"{name}.png"} <= set(before)
@@ -389,80 +381,6 @@ def test_limits_count_seeds_and_comparisons(page: str) -> None:
     assert "about 1.75 would still exclude zero" in page
 
 
-def test_a_sentence_names_word_interval_and_seeds(small: Path) -> None:
-    (sentence,) = sentences(read_run(small).summary)
-    # differences .5 .6 .5: mean .5333, s .0577, t(.975, 2) 4.3027 -> half-width .1434
-    assert sentence == "DPO is BETTER than SFT in gold_reward: +0.53 [0.39, 0.68], 3 seeds."
-
-
-def test_sentences_below_three_seeds_say_no_interval(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "two", num_seeds=2)
-    found = sentences(read_run(folder).summary)
-    assert len(found) == 3
-    assert found[0].startswith("DPO against SFT in gold_reward is UNRESOLVED: +0.")
-    assert found[0].endswith(", no interval, 2 seeds.")
-    text = write_report(folder).read_text(encoding="utf-8")
-    assert "2 seeds: no interval and no word below three." in text
-
-
-def test_sentences_cover_equivalent_missing_and_nothing() -> None:
-    row = {"arm": "ppo", "against": "sft", "metric": "gold_reward", "margin": 0.05}
-    same = {"mean_difference": 0.004, "interval95": [-0.03, 0.04], "n": 5, "word": "EQUIVALENT"}
-    assert sentences({"comparisons": [{**row, **same}]}) == [
-        "PPO is EQUIVALENT to SFT in gold_reward (within +-0.05): +0.0040 [-0.030, 0.040], 5 seeds."
-    ]
-    gone = {"mean_difference": None, "interval95": None, "n": 0, "word": "UNRESOLVED"}
-    assert sentences({"comparisons": [{**row, **gone}]}) == [
-        "PPO cannot be compared with SFT in gold_reward: no seed has both."
-    ]
-    assert sentences({"verdict": {"word": "NOT REPRODUCED"}}) == ["The verdict is NOT REPRODUCED."]
-    assert sentences({}) == ["Nothing was compared."]
-
-
-def test_sentences_put_the_trained_arms_first(run: Path) -> None:
-    found = [sentence.split(" ")[0] for sentence in sentences(read_run(run).summary)]
-    assert found == ["DPO", "PPO", "best-of-n"]
-
-
-def test_the_table_gives_mean_interval_word_and_seeds(small: Path) -> None:
-    table = main_table(read_run(small).summary)
-    # sft 1.0 1.1 0.9: mean 1, s 0.1 -> half-width 4.3027 * 0.1 / sqrt(3) = 0.2484
-    assert table.rows == (
-        ("SFT", "3", "1", "[0.75, 1.25]", "-", "-", "baseline"),
-        ("DPO", "3", "1.53", "[1.15, 1.91]", "+0.53", "[0.39, 0.68]", "BETTER"),
-    )
-
-
-def test_a_missing_seed_lowers_n_and_is_named_in_the_limits(small: Path) -> None:
-    arms = {"sft": {"gold_reward": [1.0, 1.1, 0.9]}, "dpo": {"gold_reward": [1.5, None, 1.4]}}
-    edit_summary(small, arms=arms)
-    assert main_table(read_run(small).summary).rows[1][1:4] == ("2", "1.45", "no interval")
-    text = write_report(small).read_text(encoding="utf-8")
-    assert "DPO has no gold reward for seed 1: left out in pairs" in text
-
-
-def test_markdown_escapes_bars_and_has_equal_columns(small: Path) -> None:
-    summary = edit_summary(small, arms={"a|b": {"gold_reward": [1.0], "length": [3.0]}})
-    text = table_markdown(summary)
-    assert "a\\|b" in text
-    for block in text.split("\n\n"):
-        lines = [line for line in block.splitlines() if line.startswith("|")]
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) <= 1
-
-
-def test_the_console_table_fits_eighty_columns_and_reads_no_markup(small: Path, run: Path) -> None:
-    def printed(summary: Any) -> str:
-        console = Console(width=80, file=io.StringIO(), record=True)
-        console.print(console_table(summary))
-        return console.export_text()
-
-    text = printed(read_run(run).summary)
-    assert all(name in text for name in ("few-shot", "best-of-n", "BETTER", "minus SFT [95 %]"))
-    assert "\u2026" not in text  # nothing is cut
-    arms = {"[bold]x": {"gold_reward": [1.0]}}
-    assert "[bold]x" in printed(edit_summary(small, arms=arms))
-
-
 def test_a_summary_alone_makes_a_page_without_the_missing_sections(small: Path) -> None:
     found = outline(write_report(small).read_text(encoding="utf-8"))
     assert found.headings == ["What was asked", "Answer", "How to run it again", "Limits"]
@@ -484,6 +402,27 @@ def test_a_run_of_claims_alone_shows_them_and_keeps_its_own_table(tmp_path: Path
     assert outline(text).headings[1:3] == ["Answer", "Minutes per stage"]
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == "its own\n"
     assert "| total | 7.3B | 7,241,732,096 | REPRODUCED |" in table_markdown(summary)
+
+
+def test_limits_name_few_seeds_and_seeds_left_out(tmp_path: Path, small: Path) -> None:
+    text = write_report(write_run(tmp_path / "two", num_seeds=2)).read_text(encoding="utf-8")
+    assert "2 seeds: no interval and no word below three." in text
+    assert "would still exclude zero" not in text  # without intervals nothing excludes anything
+    arms = {"sft": {"gold_reward": [1.0, 1.1, 0.9]}, "dpo": {"gold_reward": [1.5, None, 1.4]}}
+    edit_summary(small, arms=arms)
+    text = write_report(small).read_text(encoding="utf-8")
+    assert "DPO has no gold reward for seed 1: left out in pairs" in text
+
+
+def test_the_notes_tell_what_was_left_out_in_reading(small: Path) -> None:
+    inside = small / "dpo-s0"
+    inside.mkdir()
+    row = {"step": 1, "stage": "dpo", "split": "train", "name": "train/loss", "value": 0.7}
+    lines = [json.dumps(row), json.dumps({**row, "step": 2}), '{"step": 3, "na']
+    (inside / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    text = write_report(small).read_text(encoding="utf-8")
+    assert "dpo-s0/metrics.jsonl: line 3 breaks off" in text
+    assert "Learning curves" in outline(text).headings
 
 
 def test_what_the_reward_model_is_worth_is_shown_where_it_was_measured(small: Path) -> None:
@@ -543,60 +482,6 @@ def test_a_large_model_keeps_the_page_below_a_megabyte(tmp_path: Path) -> None:
     assert len(write_report(folder).read_bytes()) < 1_000_000
 
 
-def test_a_torn_last_line_is_left_out_and_mentioned(small: Path) -> None:
-    inside = small / "dpo-s0"
-    inside.mkdir()
-    row = {"step": 1, "stage": "dpo", "split": "train", "name": "train/loss", "value": 0.7}
-    lines = [json.dumps(row), json.dumps({**row, "step": 2}), '{"step": 3, "na']
-    (inside / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    text = write_report(small).read_text(encoding="utf-8")
-    assert "dpo-s0/metrics.jsonl: line 3 breaks off" in text
-    assert "Learning curves" in text
-
-
-def test_a_broken_line_in_the_middle_is_an_error_that_names_it(small: Path) -> None:
-    inside = small / "dpo-s0"
-    inside.mkdir()
-    (inside / "metrics.jsonl").write_text("{}\n{oops\n{}\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is not valid JSON"):
-        write_report(small)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.534, "0.53"),
-        (1.0, "1"),
-        (0, "0"),
-        (-0.0312, "-0.031"),
-        (12.34, "12.3"),
-        (1_240_000.0, "1,240,000"),
-        (1024, "1,024"),
-        (0.00001234, "1.2e-05"),
-        (0.0996, "0.10"),
-        (None, "-"),
-        (math.nan, "-"),
-        ("word", "-"),
-    ],
-)
-def test_numbers_keep_two_digits_that_count(value: object, text: str) -> None:
-    assert show(value) == text
-
-
-def test_signs_are_shown_for_differences() -> None:
-    assert (show(0.5, signed=True), show(-0.5, signed=True), show(0.0, signed=True)) == (
-        "+0.50",
-        "-0.50",
-        "0",
-    )
-
-
-def test_timings_are_read_nested_or_flat_and_without_memory() -> None:
-    timings = {"seconds": {"sft": [1.0, None]}, "dpo": {"train": [2.0]}, "rm": 3, "peak_bytes": 9}
-    assert stage_seconds(timings) == {"sft": [1.0, None], "dpo/train": [2.0], "rm": [3]}
-    assert stage_seconds({"sft": [None], "ppo": {"peak_mib": [1.0]}}) == {}
-
-
 def test_the_command_answers_a_wrong_folder_with_one_sentence(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -616,16 +501,6 @@ def test_the_command_answers_a_wrong_folder_with_one_sentence(
 def test_one_wrong_folder_stops_the_command_before_it_writes(small: Path, tmp_path: Path) -> None:
     assert command.main([str(small), str(tmp_path / "absent")]) == 2
     assert not (small / "report.html").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("{", "not valid JSON"), ("[]", "holds a list"), ('{"schema": 2}', "reads schema 1")],
-)
-def test_a_summary_that_cannot_be_read_is_named(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "summary.json").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=message):
-        read_run(tmp_path)
 
 
 def test_a_report_needs_no_torch(small: Path) -> None:

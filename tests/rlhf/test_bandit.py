@@ -1,0 +1,217 @@
+"""Games small enough to solve on paper decide whether PPO and DPO are right.
+
+The objective E[r] - beta KL(policy || reference) has one optimum, reference * exp(r / beta) / Z. Here
+every answer can be listed, so the distance of a trained policy from that optimum is a number. The
+trainers are used as they are; the reference is the untrained policy. beta is 1/2 and r = ln w, w
+a small integer, so that the optimum is reference * w^2, and Bradley-Terry preferences are shares
+w_i : w_j that a finite table of pairs holds exactly.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe import MoEConfig, MoEForCausalLM
+from rlhf.dpo import DPOTrainer
+from rlhf.kl import FixedKL
+from rlhf.losses.dpo import DPOLoss
+from rlhf.ppo import PPOSettings, PPOTrainer
+from rlhf.reference import FrozenCopy
+from rlhf.reward import scalar_model
+from sft.data import PreferenceCollator
+from sft.trainer import TrainSettings
+
+BETA = 0.5
+Answer = tuple[int, ...]
+
+
+class Game:
+    """Prompts, every answer that can be given, and a weight w for each; the reward is ln w."""
+
+    def __init__(
+        self,
+        prompts: Sequence[list[int]],
+        weights: Sequence[dict[Answer, int]],
+        *,
+        vocab_size: int,
+        stop_ids: tuple[int, ...],
+    ) -> None:
+        self.prompts, self.weights = prompts, weights
+        self.vocab_size, self.stop_ids = vocab_size, stop_ids
+        self.longest = max(len(answer) for answer in weights[0])
+
+    def policy(self, seed: int) -> MoEForCausalLM:
+        """A mixture of experts with preferences of its own: the reference is not uniform."""
+        torch.manual_seed(seed)
+        return MoEForCausalLM(
+            MoEConfig(
+                vocab_size=self.vocab_size, hidden_size=16, moe_intermediate_size=16,
+                num_hidden_layers=self.longest, num_attention_heads=2, num_key_value_heads=1,
+                num_experts=4, initializer_range=0.2, tie_word_embeddings=False,
+            )
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def logps(self, model: nn.Module) -> Tensor:
+        """(prompts, answers) float64; each row is a distribution, or the list is not complete."""
+        model.eval()
+        rows = []
+        for prompt, weights in zip(self.prompts, self.weights, strict=True):
+            row = []
+            for answer in weights:
+                ids = torch.tensor([[*prompt, *answer]])
+                logp_SV = model(input_ids=ids).logits[0].double().log_softmax(dim=-1)
+                first = len(prompt) - 1
+                row.append(sum(float(logp_SV[first + t, x]) for t, x in enumerate(answer)))
+            rows.append(row)
+        logp_PA = torch.tensor(rows, dtype=torch.float64)
+        torch.testing.assert_close(
+            logp_PA.exp().sum(dim=1), torch.ones(len(rows)).double(), rtol=0, atol=1e-5
+        )
+        return logp_PA
+
+    def optimum(self, reference_PA: Tensor, *, beta: float = BETA) -> Tensor:
+        reward = [[math.log(w) for w in weights.values()] for weights in self.weights]
+        return (reference_PA + torch.tensor(reward).double() / beta).log_softmax(dim=1)
+
+    def reward(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
+        scores = []
+        for ids, mask in zip(input_ids_BS, attention_mask_BS, strict=True):
+            text = ids[mask.bool()].tolist()
+            which = next(k for k, p in enumerate(self.prompts) if text[: len(p)] == p)
+            answer = tuple(text[len(self.prompts[which]) :])
+            scores.append(math.log(self.weights[which][answer]))
+        return torch.tensor(scores)
+
+    def pairs(self, distances: Sequence[int]) -> list[dict[str, Any]]:
+        """Answers i and i + d both ways, w_i times and w_j times: exactly Bradley-Terry."""
+        rows: list[dict[str, Any]] = []
+        for prompt, weights in zip(self.prompts, self.weights, strict=True):
+            answers = list(weights)
+            for i, one in enumerate(answers):
+                for d in distances:
+                    other = answers[(i + d) % len(answers)]
+                    for better, worse in ((one, other), (other, one)):
+                        row = {
+                            "prompt_ids": prompt,
+                            "chosen_ids": list(better),
+                            "rejected_ids": list(worse),
+                        }
+                        rows += [row] * weights[better]
+        return [{**row, "sample_id": i} for i, row in enumerate(rows)]
+
+
+def one_token() -> Game:
+    """Six answers of one token, none of which ends anything."""
+    weights = {(a,): w for a, w in enumerate((1, 2, 3, 4, 6, 8))}
+    return Game([[0]], [weights], vocab_size=6, stop_ids=())
+
+
+def two_tokens() -> Game:
+    """Thirteen answers: EOS at once, or a token and then a token or EOS; two unequal prompts.
+
+    Credit has to reach the first token, and an answer may end early or be cut off.
+    """
+    eos, rng = 3, random.Random(0)
+    answers: list[Answer] = [(eos,), *((a, b) for a in range(3) for b in range(4))]
+    weights = [{answer: rng.randrange(1, 5) for answer in answers} for _ in range(2)]
+    return Game([[1, 2], [0, 2, 1]], weights, vocab_size=4, stop_ids=(eos,))
+
+
+def kl(one_PA: Tensor, other_PA: Tensor) -> float:
+    """The largest KL(one || other) over the prompts."""
+    return float((one_PA.exp() * (one_PA - other_PA)).sum(dim=1).max())
+
+
+def ppo(game: Game, folder: Path, *, seed: int, **changes: Any) -> tuple[Tensor, Tensor]:
+    """(log-probabilities before, after)."""
+    policy = game.policy(seed)
+    before = game.logps(policy)
+    rules = PPOSettings(episodes=128, epochs=2, max_new_tokens=game.longest, **changes)
+    trainer = PPOTrainer(
+        policy,
+        TrainSettings(
+            max_steps=rules.steps, batch_size=rules.minibatch_size, lr=1e-2, lr_schedule="linear",
+            seed=seed,
+        ),
+        critic=scalar_model(policy),
+        reference=FrozenCopy(policy),
+        reward=game.reward,
+        rows=[{"prompt_ids": prompt} for prompt in game.prompts],
+        ppo=rules,
+        kl_controller=FixedKL(BETA),
+        pad_id=0,
+        stop_ids=game.stop_ids,
+        folder=folder,
+    )  # fmt: skip
+    trainer.fit()
+    return before, game.logps(policy)
+
+
+def dpo(
+    game: Game, folder: Path, *, seed: int, steps: int, distances: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """(log-probabilities before, after); every step sees all pairs: the exact expected loss."""
+    policy = game.policy(seed)
+    before = game.logps(policy)
+    rows = game.pairs(distances)
+    trainer = DPOTrainer(
+        policy,
+        TrainSettings(max_steps=steps, batch_size=len(rows), lr=1e-2, lr_schedule="linear"),
+        reference=FrozenCopy(policy),
+        loss=DPOLoss(beta=BETA),
+        rows=rows,
+        collator=PreferenceCollator(pad_id=0),
+        folder=folder,
+    )
+    trainer.fit()
+    return before, game.logps(policy)
+
+
+def assert_solved(
+    game: Game, before: Tensor, after: Tensor, *, tolerance: float, beta_error: float
+) -> None:
+    """At the optimum, which the reference is far from, and so is the optimum of another beta."""
+    optimum = game.optimum(before)
+    assert kl(before, optimum) > 10 * tolerance
+    for factor in (1 + beta_error, 1 / (1 + beta_error)):
+        assert kl(game.optimum(before, beta=BETA * factor), optimum) > tolerance
+    assert kl(after, optimum) < tolerance
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ppo_solves_the_bandit(tmp_path: Path, seed: int) -> None:
+    """At the optimum r - beta log(policy / reference) is the same for every answer, so that the
+    noise of sampling vanishes there, and the learning rate falls to 0: what is left is about 1e-4.
+    """
+    game = one_token()
+    before, after = ppo(game, tmp_path, seed=seed, updates=60)
+    assert_solved(game, before, after, tolerance=1e-3, beta_error=0.1)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_dpo_solves_the_bandit(tmp_path: Path, seed: int) -> None:
+    """No sampling at all: what is left is how far 100 steps of Adam get, about 1e-7."""
+    game = one_token()
+    before, after = dpo(game, tmp_path, seed=seed, steps=100, distances=(1, 2))
+    assert_solved(game, before, after, tolerance=1e-5, beta_error=0.1)
+
+
+def test_ppo_solves_a_game_of_two_tokens(tmp_path: Path) -> None:
+    """26 answers from 128 episodes: slower; seeds 0 to 4 end between 6e-5 and 4e-3."""
+    game = two_tokens()
+    before, after = ppo(game, tmp_path, seed=0, updates=100)
+    assert_solved(game, before, after, tolerance=0.01, beta_error=0.25)
+
+
+def test_dpo_solves_a_game_of_two_tokens(tmp_path: Path) -> None:
+    """Seeds 0 to 4 end between 1e-7 and 1e-5."""
+    game = two_tokens()
+    before, after = dpo(game, tmp_path, seed=0, steps=150, distances=(1, 3))
+    assert_solved(game, before, after, tolerance=1e-4, beta_error=0.1)
