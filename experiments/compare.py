@@ -313,6 +313,7 @@ def verdict_word(comparisons: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _claims(arms: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any]]:
+    from experiments.lab.plots import label
     from experiments.lab.verdict import published_verdict
 
     claims = []
@@ -320,7 +321,7 @@ def _claims(arms: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any
         wins = arms[arm]["win_rate"]
         claims.append(
             {
-                "claim": f"{arm} beats SFT: win rate on held-out prompts (threshold 60 %)",
+                "claim": f"{label(arm)} beats SFT: win rate on held-out prompts (at least 60 %)",
                 "published": "RLHF over its baselines: 71 to 85 % (Ouyang et al. 2022)",
                 "ours": wins,
                 "verdict": published_verdict(
@@ -377,8 +378,8 @@ def _notes(
     from experiments.lab.presets import SCALES
 
     notes = [
-        "kl_sequence of best_of_n is the bound ln n - (n - 1) / n, not a sample.",
-        "few_shot is the base model with worked examples in its prompt; its proxy reward and KL "
+        "The KL of best-of-n is the bound ln n - (n - 1) / n, not a sample.",
+        "Few-shot is the base model with worked examples in its prompt; its proxy reward and KL "
         "read the same answer behind the plain prompt.",
     ]
     for seed in seeds:
@@ -395,7 +396,7 @@ def _notes(
                 "own in the worst seed: its text has left the reference's."
             )
     scale = SCALES[config.scale]
-    notes.append(f"best_of_n draws n = {scale.best_of_n.n} completions per prompt.")
+    notes.append(f"Best-of-n draws n = {scale.best_of_n.n} completions per prompt.")
     return sorted(set(notes), key=notes.index)
 
 

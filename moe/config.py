@@ -169,6 +169,10 @@ class MoEConfig(PreTrainedConfig):
                 f"rope_parameters {dict(rope)} would have no effect: only rope_type 'default' over "
                 "the whole head is built; set rope_theta alone."
             )
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise UserError(
+                f"pad_token_id {self.pad_token_id} is not an id below vocab_size {self.vocab_size}."
+            )
         if self.rms_norm_eps <= 0:
             raise UserError(f"rms_norm_eps {self.rms_norm_eps} must be above 0.")
         for name in ("load_balancing_coef", "z_loss_coef"):

@@ -183,6 +183,8 @@ class MoEModel(MoEPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if kwargs.pop("output_attentions", None):
+            raise UserError("output_attentions is not kept by this model: ask for hidden states.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]

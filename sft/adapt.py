@@ -232,7 +232,7 @@ def merged(model: nn.Module) -> nn.Module:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: two passes over the same text must give the same log-probabilities."""
+    """Set every dropout to 0: two passes over a text must give the same log-probabilities."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

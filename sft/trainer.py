@@ -331,7 +331,7 @@ class StageTrainer(Trainer):
         if not bool(torch.isfinite(loss)):
             raise Diverged(
                 f"stage {self.stage}, step {self.state.global_step + 1}: the loss is "
-                f"{float(loss)}; lower lr ({self.settings.lr})."
+                f"{float(loss.detach())}; lower lr ({self.settings.lr})."
             )
         # DDP averages gradients over processes; the denominators are already global.
         return loss * self.accelerator.num_processes

@@ -5,8 +5,10 @@ order in which they finish has no influence on any result.
 """
 
 import multiprocessing
+import os
 import queue
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -41,9 +43,18 @@ _reports: Any = None
 def _start_worker(reports: Any) -> None:
     global _reports
     _reports = reports
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(1)  # two contended threads come out many times slower
+
+
+def _end_with_parent() -> None:
+    """A killed parent must not leave workers behind that go on writing into its run."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def report(job: str, stage: str, step: int, total: int) -> None:

@@ -365,6 +365,7 @@ def test_the_command_rebuilds_page_table_and_figures_to_the_same_bytes(
 def test_the_page_says_what_was_run_and_how(page: str) -> None:
     assert "python -m experiments.compare --seeds 0 1 2" in page
     assert "preset: laptop" in page
+    assert "Threshold: 0.1<" in page
     assert "torch 2.13.0" in page
     assert "0123456789abcdef" in page
     assert "1.4 % of the prompts were cut" in page

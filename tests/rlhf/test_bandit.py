@@ -1,9 +1,9 @@
 """Games small enough to solve on paper decide whether PPO and DPO are right.
 
-The objective E[r] - beta KL(policy || reference) has one optimum, reference * exp(r / beta) / Z. Here
-every answer can be listed, so the distance of a trained policy from that optimum is a number. The
-trainers are used as they are; the reference is the untrained policy. beta is 1/2 and r = ln w, w
-a small integer, so that the optimum is reference * w^2, and Bradley-Terry preferences are shares
+The objective E[r] - beta KL(policy || reference) has one optimum, reference * exp(r / beta) / Z.
+Here every answer can be listed, so the distance of a trained policy from that optimum is a number.
+The trainers are used as they are; the reference is the untrained policy. beta is 1/2 and r = ln w,
+w a small integer, so that the optimum is reference * w^2, and Bradley-Terry preferences are shares
 w_i : w_j that a finite table of pairs holds exactly.
 """
 
@@ -52,8 +52,8 @@ class Game:
         return MoEForCausalLM(
             MoEConfig(
                 vocab_size=self.vocab_size, hidden_size=16, moe_intermediate_size=16,
-                num_hidden_layers=self.longest, num_attention_heads=2, num_key_value_heads=1,
-                num_experts=4, initializer_range=0.2, tie_word_embeddings=False,
+                num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_experts=4,
+                initializer_range=0.2, tie_word_embeddings=False,
             )
         )  # fmt: skip
 
@@ -109,7 +109,7 @@ class Game:
 
 def one_token() -> Game:
     """Six answers of one token, none of which ends anything."""
-    weights = {(a,): w for a, w in enumerate((1, 2, 3, 4, 6, 8))}
+    weights: dict[Answer, int] = {(a,): w for a, w in enumerate((1, 2, 3, 4, 6, 8))}
     return Game([[0]], [weights], vocab_size=6, stop_ids=())
 
 
@@ -143,7 +143,7 @@ def ppo(game: Game, folder: Path, *, seed: int, **changes: Any) -> tuple[Tensor,
         critic=scalar_model(policy),
         reference=FrozenCopy(policy),
         reward=game.reward,
-        rows=[{"prompt_ids": prompt} for prompt in game.prompts],
+        rows=[{"prompt_ids": prompt} for prompt in game.prompts] * 64,
         ppo=rules,
         kl_controller=FixedKL(BETA),
         pad_id=0,
@@ -188,30 +188,31 @@ def assert_solved(
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ppo_solves_the_bandit(tmp_path: Path, seed: int) -> None:
     """At the optimum r - beta log(policy / reference) is the same for every answer, so that the
-    noise of sampling vanishes there, and the learning rate falls to 0: what is left is about 1e-4.
+    noise of sampling vanishes there, and the learning rate falls to 0. Seeds 0 to 8 end between
+    5e-6 and 2e-4.
     """
     game = one_token()
     before, after = ppo(game, tmp_path, seed=seed, updates=60)
-    assert_solved(game, before, after, tolerance=1e-3, beta_error=0.1)
+    assert_solved(game, before, after, tolerance=1e-3, beta_error=0.2)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_dpo_solves_the_bandit(tmp_path: Path, seed: int) -> None:
-    """No sampling at all: what is left is how far 100 steps of Adam get, about 1e-7."""
+    """No sampling at all: what is left is how far 100 steps of Adam get, below 1e-6."""
     game = one_token()
     before, after = dpo(game, tmp_path, seed=seed, steps=100, distances=(1, 2))
     assert_solved(game, before, after, tolerance=1e-5, beta_error=0.1)
 
 
 def test_ppo_solves_a_game_of_two_tokens(tmp_path: Path) -> None:
-    """26 answers from 128 episodes: slower; seeds 0 to 4 end between 6e-5 and 4e-3."""
+    """26 answers from 128 episodes: slower. Seeds 0 to 3 end between 1e-4 and 3e-3."""
     game = two_tokens()
     before, after = ppo(game, tmp_path, seed=0, updates=100)
-    assert_solved(game, before, after, tolerance=0.01, beta_error=0.25)
+    assert_solved(game, before, after, tolerance=5e-3, beta_error=0.5)
 
 
 def test_dpo_solves_a_game_of_two_tokens(tmp_path: Path) -> None:
-    """Seeds 0 to 4 end between 1e-7 and 1e-5."""
+    """As exact as with one token, though with fewer pairs Adam takes longer."""
     game = two_tokens()
-    before, after = dpo(game, tmp_path, seed=0, steps=150, distances=(1, 3))
+    before, after = dpo(game, tmp_path, seed=0, steps=100, distances=(1, 3))
     assert_solved(game, before, after, tolerance=1e-4, beta_error=0.1)

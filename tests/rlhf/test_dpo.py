@@ -41,7 +41,7 @@ def tiny_lm(seed: int = 0, **config: Any) -> MoEForCausalLM:
     return MoEForCausalLM(MoEConfig(**{**sizes, **config}))
 
 
-def pairs(count: int = 24) -> list[dict[str, Any]]:
+def pairs(count: int = 24) -> list[Any]:
     rng = random.Random(0)
 
     def text(low: int, high: int) -> list[int]:
@@ -113,9 +113,7 @@ FORMS = [frozen_copy, frozen_adapter, adapters_off]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_loss_starts_at_ln_2_whatever_form_the_reference_has(
-    tmp_path: Path, form: Any
-) -> None:
+def test_the_loss_starts_at_ln_2_whatever_form_the_reference_has(tmp_path: Path, form: Any) -> None:
     model, reference = form()
     trainer = dpo_trainer(
         model, tmp_path, reference=reference, max_steps=2, micro_batch_size=4,
@@ -152,9 +150,9 @@ def test_a_router_with_capacity_is_refused(tmp_path: Path, factor: float) -> Non
     with pytest.raises(UserError) as caught:
         dpo_trainer(model, tmp_path, reference=FrozenCopy(model))
     assert str(caught.value) == (
-        f"capacity_factor {factor} makes a token's log-probability depend on its batch neighbours, so "
-        "ratios and margins would not be the policy's: set capacity_factor to None (dropless) for "
-        "preference and RL stages."
+        f"capacity_factor {factor} makes a token's log-probability depend on its batch "
+        "neighbours, so ratios and margins would not be the policy's: set capacity_factor to None "
+        "(dropless) for preference and RL stages."
     )
     with pytest.raises(UserError, match="capacity_factor"):
         refuse_batch_coupling(add_lora(model, LoraSpec(rank=1, alpha=1)))
@@ -292,9 +290,7 @@ def test_a_resumed_preference_training_is_the_uninterrupted_one_to_the_byte(
     last = (tmp_path / "whole" / "checkpoint-4" / MANIFEST).read_text(encoding="utf-8")
     for step in range(1, 4):
         folder = tmp_path / f"from-{step}"
-        shutil.copytree(
-            tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}"
-        )
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
         again = build(folder, 77)
         again.fit(resume=True)
         assert again.optimizer_steps == 4 - step

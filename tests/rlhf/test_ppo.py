@@ -1,4 +1,4 @@
-"""PPO as a trainer: what a rollout holds, what an update does, and resuming in the middle of one."""
+"""PPO as a trainer: what a rollout holds, what an update does, resuming in the middle of one."""
 
 import json
 import random
@@ -120,9 +120,7 @@ def buffer_of(trainer: PPOTrainer) -> RolloutBuffer:
 def assert_same(one: nn.Module, other: nn.Module, *, tolerance: float) -> None:
     pairs = zip(live_tensors(one).items(), live_tensors(other).values(), strict=True)
     for (name, a), b in pairs:
-        torch.testing.assert_close(
-            a, b, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        assert float((a - b).detach().abs().max()) <= tolerance, name
 
 
 # --- how many steps, over what
@@ -246,7 +244,10 @@ def test_what_the_buffer_holds_is_what_each_model_says_of_each_episode_alone(
             ids = torch.cat([prompt, response])[None]
             value = token_scores(critic, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1]
             for held, expected in (
-                (buffer.old_logp_BR, token_logps(policy(input_ids=ids).logits, ids, temperature=0.7)),
+                (
+                    buffer.old_logp_BR,
+                    token_logps(policy(input_ids=ids).logits, ids, temperature=0.7),
+                ),
                 (
                     buffer.ref_logp_BR,
                     token_logps(reference.model(input_ids=ids).logits, ids, temperature=0.7),
@@ -324,9 +325,7 @@ def test_penalties_and_clip_enter_the_advantages_of_two_episodes_as_by_hand(
         held = buffer.advantage_BR[row, :length].tolist(), buffer.return_BR[row, :length].tolist()
         assert held[0] == pytest.approx(advantages[row], abs=1e-5)
         assert held[1] == pytest.approx(returns[row], abs=1e-5)
-    unclipped, _ = advantages_by_hand(
-        buffer, beta=0.3, penalty=0.6, clip=1e9, gamma=0.9, lam=0.8
-    )
+    unclipped, _ = advantages_by_hand(buffer, beta=0.3, penalty=0.6, clip=1e9, gamma=0.9, lam=0.8)
     assert (unclipped != advantages) == (clip == 0.9)  # the clip bites in one case only
     row = trainer.state.log_history[0]
     assert row["reward/score"] == pytest.approx(float(buffer.score_B.mean()), rel=1e-6)
@@ -452,7 +451,9 @@ def test_policy_and_critic_move_and_reference_and_reward_stay_to_the_bit(
     for part in ("policy.", "critic."):
         for piece in ("mlp.gate", "experts", "q_proj"):
             assert any(name.startswith(part) and piece in name for name in moved), (part, piece)
-    assert {name.removeprefix("policy.") for name in moved if name.startswith("policy.")} <= trainable
+    assert {
+        name.removeprefix("policy.") for name in moved if name.startswith("policy.")
+    } <= trainable
 
 
 def test_the_critic_has_its_own_learning_rate(tmp_path: Path) -> None:
@@ -475,7 +476,8 @@ def test_the_critic_has_its_own_learning_rate(tmp_path: Path) -> None:
 
 
 def test_only_the_policys_routers_are_observed(tmp_path: Path) -> None:
-    sparse, dense = {}, {"mlp_layer_types": ["dense", "dense"]}
+    sparse: dict[str, Any] = {}
+    dense: dict[str, Any] = {"mlp_layer_types": ["dense", "dense"]}
     for policy, critic, seen in ((sparse, dense, True), (dense, sparse, False)):
         trainer = ppo_trainer(
             tmp_path / str(seen), policy=tiny_lm(**policy), critic=critic_of(**critic),
@@ -504,15 +506,16 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], senten
 
 
 def test_optimisation_settings_of_another_size_are_refused(tmp_path: Path) -> None:
-    for changes in ({"max_steps": 7}, {"batch_size": 8}):
+    mistakes: list[dict[str, Any]] = [{"max_steps": 7}, {"batch_size": 8}]
+    for changes in mistakes:
         with pytest.raises(UserError, match="must be 8 .updates x epochs x minibatches. and 4"):
             ppo_trainer(tmp_path, **changes)
 
 
 @pytest.mark.parametrize("part", ["policy", "critic"])
 def test_a_router_with_capacity_is_refused(tmp_path: Path, part: str) -> None:
-    limited = {"capacity_factor": 1.0}
-    models = {
+    limited: dict[str, Any] = {"capacity_factor": 1.0}
+    models: dict[str, Any] = {
         "policy": tiny_lm(**(limited if part == "policy" else {})),
         "critic": critic_of(**(limited if part == "critic" else {})),
     }
@@ -522,7 +525,7 @@ def test_a_router_with_capacity_is_refused(tmp_path: Path, part: str) -> None:
 
 def test_dropout_is_off_in_policy_and_critic(tmp_path: Path) -> None:
     """With dropout the ratio would not be 1, and two passes would not agree."""
-    noisy = {"attention_dropout": 0.5}
+    noisy: dict[str, Any] = {"attention_dropout": 0.5}
     trainer = ppo_trainer(tmp_path, policy=tiny_lm(**noisy), critic=critic_of(**noisy))
     trainer.fit()
     assert trainer.state.log_history[0]["policy/ratio_max_deviation"] == 0.0
@@ -533,7 +536,7 @@ def test_dropout_is_off_in_policy_and_critic(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_resumed_ppo_is_the_uninterrupted_one_to_the_byte(tmp_path: Path, lora: bool) -> None:
-    """Steps 1 to 3 are in the middle of the first buffer, 4 at its end, 5 in the second."""
+    """Steps 1 and 3 are in the middle of the first buffer, 4 is its end, 6 is in the second."""
     judge = ModelReward(model=critic_of(4))
 
     def build(folder: Path, seed: int) -> PPOTrainer:
@@ -554,11 +557,9 @@ def test_a_resumed_ppo_is_the_uninterrupted_one_to_the_byte(tmp_path: Path, lora
     whole = build(tmp_path / "whole", 0)
     whole.fit()
     last = (tmp_path / "whole" / "checkpoint-8" / MANIFEST).read_text(encoding="utf-8")
-    for step in (1, 2, 3, 4, 5, 7):
+    for step in (1, 3, 4, 6):
         folder = tmp_path / f"from-{step}"
-        shutil.copytree(
-            tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}"
-        )
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
         again = build(folder, 77)
         again.fit(resume=True)
         assert again.optimizer_steps == 8 - step

@@ -68,7 +68,7 @@ def pairs(count: int = 24, *, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+def collate(rows: list[Any]) -> dict[str, Tensor]:
     return PreferenceCollator(pad_id=EOS)(rows)
 
 
@@ -269,7 +269,9 @@ def test_the_routers_of_a_reward_model_are_balanced_and_observed(tmp_path: Path)
         torch.manual_seed(1)
         model = scalar_model(lm)
         options = {} if balance is None else {"balance": balance}
-        trainer = reward_trainer(model, tmp_path / str(balance is None), max_steps=3, options=options)
+        trainer = reward_trainer(
+            model, tmp_path / str(balance is None), max_steps=3, options=options
+        )
         trainer.fit()
         assert trainer.balance.on == (balance is None)
         row = trainer.state.log_history[-1]
@@ -335,9 +337,7 @@ def test_a_resumed_reward_training_is_the_uninterrupted_one_to_the_byte(
     last = (tmp_path / "whole" / "checkpoint-4" / MANIFEST).read_text(encoding="utf-8")
     for step in range(1, 4):
         folder = tmp_path / f"from-{step}"
-        shutil.copytree(
-            tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}"
-        )
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
         again = build(folder, 77)
         again.fit(resume=True)
         assert again.optimizer_steps == 4 - step

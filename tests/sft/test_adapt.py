@@ -75,7 +75,8 @@ def disturb(model: nn.Module, *, seed: int = 0) -> None:
 
 def train(model: nn.Module, folder: Path, *, steps: int = 2) -> SFTTrainer:
     rows = [
-        {"input_ids": row, "labels": row, "sample_id": i} for i, row in enumerate(ids(1, 8, 9).tolist())
+        {"input_ids": row, "labels": row, "sample_id": i}
+        for i, row in enumerate(ids(1, 8, 9).tolist())
     ]
     trainer = SFTTrainer(
         model,

@@ -182,7 +182,13 @@ def test_a_damaged_newest_is_passed_over_with_a_sentence(tmp_path: Path, damage:
 
 
 def test_the_newest_is_the_last_by_number_and_other_folders_do_not_count(tmp_path: Path) -> None:
-    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-9", "checkpoint-x", ".tmp-checkpoint-11-1"):
+    for name in (
+        "checkpoint-2",
+        "checkpoint-10",
+        "checkpoint-9",
+        "checkpoint-x",
+        ".tmp-checkpoint-11-1",
+    ):
         write(tmp_path / name)
     assert [folder.name for folder in checkpoints(tmp_path)] == [
         "checkpoint-2", "checkpoint-9", "checkpoint-10",
@@ -282,6 +288,8 @@ def test_rotation_deletes_nothing_when_nothing_verifies(tmp_path: Path) -> None:
 
 
 class Tied(nn.Module):
+    kept: Tensor
+
     def __init__(self, *, width: int = 3) -> None:
         super().__init__()
         self.embed = nn.Embedding(4, width)
@@ -315,18 +323,18 @@ def test_loading_copies_every_tensor_and_keeps_the_tie() -> None:
         ),
         (
             lambda saved: saved.update({"more": torch.zeros(1), "extra": torch.zeros(1)}),
-            "2 tensors are unknown to the model in there, first extra: it belongs to another model or "
-            "configuration.",
+            "2 tensors are unknown to the model in there, first extra: it belongs to another model "
+            "or configuration.",
         ),
         (
             lambda saved: saved.update({"embed.weight": torch.zeros(4, 5)}),
-            "embed.weight in there is (4, 5) torch.float32, the model wants (4, 3) torch.float32: it "
-            "belongs to another configuration.",
+            "embed.weight in there is (4, 5) torch.float32, the model wants (4, 3) torch.float32: "
+            "it belongs to another configuration.",
         ),
         (
             lambda saved: saved.update({"kept": torch.zeros(2, dtype=torch.float64)}),
-            "kept in there is (2,) torch.float64, the model wants (2,) torch.float32: it belongs to "
-            "another configuration.",
+            "kept in there is (2,) torch.float64, the model wants (2,) torch.float32: it belongs "
+            "to another configuration.",
         ),
     ],
 )
