@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from moe.errors import UserError
-from rlhf.dpo import DPOTrainer
+from rlhf.dpo import DPOTrainer, SelfCheckFailed
 from rlhf.job import (
     Job,
     answer_prompts,
@@ -64,6 +64,7 @@ from sft.models import (
     tokenizer_of,
 )
 from sft.session import (
+    Stopped,
     already_finished,
     before_and_after,
     is_sharded,
@@ -109,7 +110,10 @@ def train(parsed: Parsed[Config]) -> int:
         "dpo": train_dpo,
         "ppo": train_ppo,
     }
-    methods[config.method](job)
+    try:
+        methods[config.method](job)
+    except SelfCheckFailed as error:
+        raise Stopped(str(error)) from error
     leave_processes(state)
     return 0
 

@@ -31,7 +31,7 @@ from sft.data import Examples, PromptRow
 from sft.run import Run, redact, write_text_atomic
 from sft.text import TextPath, pad_batch
 from sft.tracking import Tracker
-from sft.trainer import BalancePolicy, StageTrainer, TrainSettings
+from sft.trainer import BalancePolicy, Diverged, StageTrainer, TrainSettings
 
 RESULTS = Path("results")
 CHECKPOINTS = "checkpoints"
@@ -47,6 +47,12 @@ _SHOWN = (
     "rollout/length",
     "router/max_vio",
 )
+
+
+class Stopped(UserError):
+    """A training that cannot go on (it diverged, or a check of its own failed): exit code 3."""
+
+    exit_code = 3
 
 
 def join_processes() -> PartialState:
@@ -268,14 +274,17 @@ def open_session(
     run = _shared_run(config, values, experiment=experiment, state=state)
     display = Display(stage, quiet=config.quiet)
     if not is_first_process():
-        yield Session(
-            stage=stage,
-            run=run,
-            state=state,
-            display=display,
-            tracker=None,
-            fingerprints=dict(fingerprints),
-        )
+        try:
+            yield Session(
+                stage=stage,
+                run=run,
+                state=state,
+                display=display,
+                tracker=None,
+                fingerprints=dict(fingerprints),
+            )
+        except Diverged as error:
+            raise Stopped(str(error)) from error
         return
     newest, _ = newest_checkpoint(run.folder / CHECKPOINTS)
     reached = int(newest.name.removeprefix(PREFIX)) if newest else 0
@@ -304,6 +313,11 @@ def open_session(
                 tracker=tracker,
                 fingerprints=dict(fingerprints),
             )
+        except Diverged as error:
+            display.close()
+            good, _ = newest_checkpoint(run.folder / CHECKPOINTS)
+            kept = f" The last good checkpoint is {good}." if good else ""
+            raise Stopped(f"{error}{kept}") from error
         except BaseException:
             display.close()
             if newest_checkpoint(run.folder / CHECKPOINTS)[0] is not None:

@@ -241,6 +241,21 @@ def test_resume_refuses_another_data_file_and_other_options(
     assert status["status"] == "failed"
 
 
+def test_divergence_is_told_in_one_sentence_with_its_own_exit_code(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    flags = [*LLAMA, "--lr", "1e30", "--lr-schedule", "constant", "--save-steps", "1"]
+    flags.remove("1e-2")
+    flags.remove("--lr")
+    assert main([*flags, "--out", str(run)]) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "lower lr (1e+30)" in error
+    assert f"The last good checkpoint is {run}/checkpoints/checkpoint-1." in error
+    status = json.loads((run / "status.json").read_text(encoding="utf-8"))
+    assert status["status"] == "failed"
+
+
 def test_finished_run_has_nothing_to_resume(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--resume", "tiny"]) == 0
     assert "tiny is finished: there is nothing to resume." in capsys.readouterr().out
