@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from experiments.lab.expert_use import Observed, Text
-    from sft.data import Example, Examples
+    from sft.examples import Example, Examples
     from sft.models import ModelFolder
     from sft.text import TextPath
 
@@ -156,7 +156,7 @@ def encode_texts(examples: Examples, text_path: TextPath, *, max_length: int) ->
 
 
 def _ids(row: Example, text_path: TextPath) -> list[int]:
-    from sft.data import Document, Preference
+    from sft.examples import Document, Preference
     from sft.text import Message
 
     if isinstance(row, Document):

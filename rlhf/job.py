@@ -14,19 +14,11 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from rlhf.options import COMMAND, Config
 from rlhf.reference import FrozenAdapter, FrozenCopy, Reference
-from rlhf.train import COMMAND, Config
 from sft.adapt import LoraSpec, adapter_spec, copy_adapter, describe_trainable
 from sft.command import in_force, refuse_idle
-from sft.data import (
-    Examples,
-    PreferenceCollator,
-    PreferenceRow,
-    PromptRow,
-    Rows,
-    preference_rows,
-    prompt_rows,
-)
+from sft.examples import Examples
 from sft.flags import Parsed
 from sft.models import (
     POLICY_ADAPTER,
@@ -40,6 +32,14 @@ from sft.models import (
     load_causal_lm,
     lora_spec,
     save_policy,
+)
+from sft.rows import (
+    PreferenceCollator,
+    PreferenceRow,
+    PromptRow,
+    Rows,
+    preference_rows,
+    prompt_rows,
 )
 from sft.session import (
     Session,

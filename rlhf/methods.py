@@ -28,6 +28,7 @@ from rlhf.job import (
 from rlhf.kl import AdaptiveKL, FixedKL, KLController
 from rlhf.losses.bradley_terry import BradleyTerryLoss
 from rlhf.losses.dpo import DPOLoss
+from rlhf.options import Config
 from rlhf.ppo import PPOSettings, PPOTrainer
 from rlhf.reward import (
     ModelReward,
@@ -39,18 +40,9 @@ from rlhf.reward import (
     sequence_scores,
 )
 from rlhf.scores import PairScores, PolicyScores, score_pairs, score_policy
-from rlhf.train import Config
 from sft.adapt import base_of, merged
 from sft.command import refuse_idle
-from sft.data import (
-    PreferenceRow,
-    PromptRow,
-    Rows,
-    prompt_rows,
-    read_examples,
-    require,
-    split_by_prompt,
-)
+from sft.data import read_examples, require, split_by_prompt
 from sft.flags import Parsed
 from sft.models import (
     adapted,
@@ -63,6 +55,7 @@ from sft.models import (
     lora_spec,
     tokenizer_of,
 )
+from sft.rows import PreferenceRow, PromptRow, Rows, prompt_rows
 from sft.session import (
     Stopped,
     already_finished,

@@ -31,9 +31,9 @@ from rlhf.losses.ppo import explained_variance, policy_loss, value_loss
 from rlhf.reference import Reference
 from rlhf.reward import RewardSource, token_scores
 from sft.adapt import disable_dropout
-from sft.data import pad_batch
 from sft.loss import LossOutput
-from sft.trainer import BalancePolicy, StageTrainer, StepOrder, TrainSettings
+from sft.text import pad_batch
+from sft.trainer import BalancePolicy, StageTrainer, TrainSettings
 
 RATIO_TOLERANCE = 1e-4
 
@@ -270,11 +270,15 @@ class PPOTrainer(StageTrainer):
 
     def _prompt_rows(self, update: int) -> list[int]:
         """Prompt indices of an update: permutation after permutation of all prompts."""
-        count = self.ppo.episodes
-        order = StepOrder(
-            len(self.prompts), num_samples=(update + 1) * count, seed=self.settings.seed
-        )
-        return list(order)[update * count :]
+        first, count = update * self.ppo.episodes, self.ppo.episodes
+        epochs = range(first // len(self.prompts), (first + count - 1) // len(self.prompts) + 1)
+        order = [
+            row
+            for epoch in epochs
+            for row in permutation(self.settings.seed, "order", epoch, length=len(self.prompts))
+        ]
+        start = first - epochs.start * len(self.prompts)
+        return order[start : start + count]
 
     @torch.no_grad()
     def _collect(self, update: int) -> RolloutBuffer:
@@ -526,12 +530,27 @@ class PPOTrainer(StageTrainer):
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             lr = self.settings.lr
+            decayed = set(self.get_decay_parameter_names(self.model))  # not norms, not biases
             groups = [
-                {"params": [p for p in part.parameters() if p.requires_grad], "lr": scale * lr}
-                for part, scale in ((self.policy, 1.0), (self.critic, self.ppo.critic_lr_scale))
+                {
+                    "params": [p for _, p in own],
+                    "lr": scale * lr,
+                    "weight_decay": self.settings.weight_decay if decay else 0.0,
+                }
+                for prefix, scale in (("policy.", 1.0), ("critic.", self.ppo.critic_lr_scale))
+                for decay in (True, False)
+                if (
+                    own := [
+                        (name, p)
+                        for name, p in self.model.named_parameters()
+                        if p.requires_grad
+                        and name.startswith(prefix)
+                        and (name in decayed) == decay
+                    ]
+                )
             ]
             options.pop("params", None)
-            self.optimizer = kind(groups, weight_decay=self.settings.weight_decay, **options)
+            self.optimizer = kind(groups, **options)
         return self.optimizer
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

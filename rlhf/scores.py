@@ -20,7 +20,7 @@ from rlhf.losses.dpo import DPOLoss
 from rlhf.ppo import response_logits
 from rlhf.reference import Reference
 from rlhf.reward import RewardSource
-from sft.data import PromptRow
+from sft.rows import PromptRow
 from sft.text import TextPath, pad_batch
 
 

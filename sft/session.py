@@ -27,7 +27,8 @@ from moe.generation import sample
 from moe.record import has_router
 from sft.checkpoint import PREFIX, newest_checkpoint
 from sft.command import TrainingConfig, is_first_process
-from sft.data import Examples, PromptRow
+from sft.examples import Examples
+from sft.rows import PromptRow
 from sft.run import Run, redact, write_text_atomic
 from sft.text import TextPath, pad_batch
 from sft.tracking import Tracker

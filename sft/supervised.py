@@ -15,23 +15,8 @@ from torch import nn
 from moe.errors import UserError
 from sft.adapt import describe_trainable
 from sft.command import in_force, refuse_idle
-from sft.data import (
-    IGNORED_LABEL,
-    Document,
-    Examples,
-    Instruction,
-    PromptRow,
-    Rows,
-    SupervisedCollator,
-    SupervisedRow,
-    document_rows,
-    prompt_rows,
-    read_examples,
-    require,
-    split_by_prompt,
-    supervised_rows,
-    use_chosen,
-)
+from sft.data import read_examples, require, split_by_prompt, use_chosen
+from sft.examples import Document, Examples, Instruction
 from sft.flags import Parsed
 from sft.loss import language_model_loss
 from sft.models import (
@@ -48,6 +33,17 @@ from sft.models import (
     new_model,
     save_policy,
     tokenizer_of,
+)
+from sft.options import COMMAND, Config
+from sft.rows import (
+    IGNORED_LABEL,
+    PromptRow,
+    Rows,
+    SupervisedCollator,
+    SupervisedRow,
+    document_rows,
+    prompt_rows,
+    supervised_rows,
 )
 from sft.run import config_hash
 from sft.session import (
@@ -68,7 +64,6 @@ from sft.session import (
     whole_state,
 )
 from sft.text import TextPath, load_tokenizer, pick_template, train_bpe
-from sft.train import COMMAND, Config
 from sft.trainer import SFTTrainer
 
 OPENING_TOKENS = 32  # of a held-out text, that a pretrained model goes on from

@@ -37,6 +37,9 @@ from sft.checkpoint import (
 from sft.loss import LossOutput, language_model_loss
 from sft.tracking import Tracker
 
+# Settings that say when to write, not what is computed: they may differ when a run is resumed.
+RESUMABLE_SETTINGS = ("log_steps", "save_steps", "keep_checkpoints")
+
 BalanceScope = Literal["off", "micro_batch", "optimizer_step"]
 
 
@@ -561,6 +564,11 @@ class StageTrainer(Trainer):
             **{key: held.get(key) for key in ("stage", "num_processes", "threads")},
             **{f"fingerprint of {k}": v for k, v in prints.items()},
         }
+        settings = checkpoint.documents["settings"]
+        assert isinstance(settings, dict)
+        for name, value in asdict(self.settings).items():
+            if name not in RESUMABLE_SETTINGS:
+                now[name], then[name] = value, settings.get(name)
         for key in sorted({*now, *then}):
             if now.get(key) != then.get(key):
                 raise UserError(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moe.errors import UserError
-from sft.data import Preference, Unpaired
+from sft.examples import Preference, Unpaired
 from sft.text import Conversation, Message
 
 if TYPE_CHECKING:

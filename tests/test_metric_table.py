@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("sft/trainer.py", "sft/loss.py", "moe/stats.py", "rlhf")
 AREAS = "train|lm|router|preference|reward|logp|policy|value|rollout"
-# Sums that `value/explained_variance` is computed from, and what no trainer switches on: not logged.
+# Not logged: sums behind `value/explained_variance`, and what no trainer switches on.
 PIECES = {
     "policy/dual_clip_fraction",
     "value/error",

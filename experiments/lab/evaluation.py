@@ -18,8 +18,8 @@ from experiments.lab.gold import distinct_n
 from moe.generation import Rollout, positions, sample
 from rlhf.logprobs import token_logps
 from rlhf.reward import RewardSource
-from sft.data import SupervisedCollator, SupervisedRow
 from sft.loss import language_model_loss
+from sft.rows import SupervisedCollator, SupervisedRow
 from sft.text import Message, TextPath, pad_batch
 
 Gold = Callable[..., float]

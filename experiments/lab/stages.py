@@ -58,15 +58,13 @@ from sft.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from sft.data import (
-    Document,
-    Instruction,
-    Preference,
+from sft.data import split_by_prompt
+from sft.examples import Document, Instruction, Preference
+from sft.rows import (
     PreferenceCollator,
     SupervisedCollator,
     document_rows,
     prompt_rows,
-    split_by_prompt,
     supervised_rows,
 )
 from sft.run import write_json_atomic

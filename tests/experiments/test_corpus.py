@@ -69,7 +69,8 @@ def test_an_absent_library_is_said_in_a_sentence_each_and_the_rest_goes_on(tmp_p
 def test_library_pieces_are_short_ascii_runs_of_whole_lines(library: Path) -> None:
     (library / "c.py").write_text("# caf\u00e9 " + "x" * 400 + "\n", encoding="utf-8")
     corpus = pretraining_documents(0, 300, library=library, shares={"python": 1.0})
-    lines = {line for name in "ab" for line in (library / f"{name}.py").read_text().split("\n")}
+    texts = [(library / f"{name}.py").read_text(encoding="utf-8") for name in "ab"]
+    lines = {line for text in texts for line in text.split("\n")}
     for document in corpus.documents:
         assert document.text.isascii() and 250 < len(document.text) < 400
         assert set(document.text.split("\n")) <= lines

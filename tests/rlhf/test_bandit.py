@@ -24,7 +24,7 @@ from rlhf.losses.dpo import DPOLoss
 from rlhf.ppo import PPOSettings, PPOTrainer
 from rlhf.reference import FrozenCopy
 from rlhf.reward import scalar_model
-from sft.data import PreferenceCollator
+from sft.rows import PreferenceCollator
 from sft.trainer import TrainSettings
 
 BETA = 0.5

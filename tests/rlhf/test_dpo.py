@@ -18,7 +18,7 @@ from rlhf.losses.dpo import DPOLoss
 from rlhf.reference import FrozenAdapter, FrozenCopy, Reference
 from sft.adapt import LoraSpec, add_lora, copy_adapter
 from sft.checkpoint import MANIFEST, live_tensors
-from sft.data import PreferenceCollator
+from sft.rows import PreferenceCollator
 from sft.text import pad_batch
 from sft.trainer import BalancePolicy, StepOrder, TrainSettings
 

@@ -25,7 +25,7 @@ from rlhf.ppo import PPOSettings, PPOTrainer
 from rlhf.reference import FrozenAdapter, FrozenCopy, Reference
 from rlhf.reward import ModelReward, RewardTrainer, scalar_head, scalar_model
 from sft.adapt import LORA_PARTS, LoraSpec, add_lora, trainable_by_part
-from sft.data import PreferenceCollator, SupervisedCollator
+from sft.rows import PreferenceCollator, SupervisedCollator
 from sft.trainer import BalancePolicy, SFTTrainer, StageTrainer, TrainSettings
 
 VOCABULARY = 40

@@ -26,7 +26,7 @@ from rlhf.reward import (
 )
 from sft.adapt import LoraSpec, add_lora, merged
 from sft.checkpoint import MANIFEST, live_tensors
-from sft.data import PreferenceCollator
+from sft.rows import PreferenceCollator
 from sft.text import pad_batch
 from sft.trainer import BalancePolicy, TrainSettings
 

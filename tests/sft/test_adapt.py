@@ -26,7 +26,7 @@ from sft.adapt import (
     trainable_by_part,
 )
 from sft.checkpoint import live_tensors
-from sft.data import SupervisedCollator
+from sft.rows import SupervisedCollator
 from sft.trainer import BalancePolicy, SFTTrainer, TrainSettings
 
 EVERY_PART = ("attention", "experts", "router", "ffn")

@@ -8,7 +8,7 @@ import pytest
 from trl.data_utils import extract_prompt as trl_extract_prompt
 
 from moe.errors import UserError
-from sft.data import Preference
+from sft.examples import Preference
 from sft.text import Message, load_tokenizer, pick_template
 from sft.trl_data import chat_text, extract_prompt, is_conversational, pack, unpair
 
@@ -104,7 +104,7 @@ def test_chat_text_is_what_our_chat_template_renders(shared_data: Path) -> None:
 
 def test_importing_the_door_opens_nothing_heavy() -> None:
     program = (
-        "import sys, sft.data, sft.trl_data; "
+        "import sys, sft.rows, sft.trl_data; "
         "assert not {'trl', 'torch', 'datasets'} & sys.modules.keys()"
     )
     done = subprocess.run(
