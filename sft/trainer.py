@@ -542,6 +542,7 @@ class StageTrainer(Trainer):
         checkpoint = read_checkpoint(Path(resume_from_checkpoint))
         self._check_same_run(checkpoint)
         load_strictly(self.model, checkpoint.tensors["model"], source=resume_from_checkpoint)
+        self._check_same_settings(checkpoint)
         extra = checkpoint.documents["extra"]
         assert isinstance(extra, dict)
         self.load_extra_state(checkpoint.tensors.get("extra", {}), extra)
@@ -564,11 +565,18 @@ class StageTrainer(Trainer):
             **{key: held.get(key) for key in ("stage", "num_processes", "threads")},
             **{f"fingerprint of {k}": v for k, v in prints.items()},
         }
-        settings = checkpoint.documents["settings"]
-        assert isinstance(settings, dict)
-        for name, value in asdict(self.settings).items():
-            if name not in RESUMABLE_SETTINGS:
-                now[name], then[name] = value, settings.get(name)
+        self._refuse_differences(checkpoint, now, then)
+
+    def _check_same_settings(self, checkpoint: Checkpoint) -> None:
+        held = checkpoint.documents["settings"]
+        assert isinstance(held, dict)
+        now = {k: v for k, v in asdict(self.settings).items() if k not in RESUMABLE_SETTINGS}
+        self._refuse_differences(checkpoint, now, {name: held.get(name) for name in now})
+
+    @staticmethod
+    def _refuse_differences(
+        checkpoint: Checkpoint, now: Mapping[str, object], then: Mapping[str, object]
+    ) -> None:
         for key in sorted({*now, *then}):
             if now.get(key) != then.get(key):
                 raise UserError(

@@ -767,3 +767,19 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         UserError, match="tensors are missing from .*checkpoint-2, first base_model"
     ):
         resumable(tmp_path / "again", lora=True, seed=0).fit(resume=True)
+
+
+def test_resuming_with_another_learning_rate_is_refused_and_with_another_log_step_is_not(
+    tmp_path: Path,
+) -> None:
+    trained(tmp_path / "a", max_steps=4, save_steps=2)
+    for name, changes in (("b", {"lr": 0.5}), ("c", {"log_steps": 3})):
+        copied(tmp_path / "a", tmp_path / name, step=2)
+        options = {"max_steps": 4, "save_steps": 2, **changes}
+        again = trainer(tiny_lm(), tmp_path / name, **options)
+        if "lr" in changes:
+            with pytest.raises(UserError, match="cannot be resumed: lr was .*, is 0.5; the result"):
+                again.fit(resume=True)
+        else:
+            again.fit(resume=True)
+            assert again.state.global_step == 4
