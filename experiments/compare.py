@@ -468,7 +468,7 @@ def _open_run(config: Config) -> Run:
     if config.resume is not None:
         return Run.open(config.resume, config, ignore=STATE_KEYS)
     return Run.create(
-        Path("results"), EXPERIMENT, config, out=config.out, overwrite=config.overwrite
+        Path("results"), EXPERIMENT, identity(config), out=config.out, overwrite=config.overwrite
     )
 
 
