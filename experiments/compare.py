@@ -103,7 +103,7 @@ class Config:
 def _seed(config: Config, folder: Path, seed: int, job: str) -> Any:
     from experiments.lab.grid import report
     from experiments.lab.presets import SCALES
-    from experiments.lab.stages import Seed
+    from experiments.lab.seed import Seed
 
     return Seed(
         seed=seed,
@@ -154,13 +154,14 @@ def judge_job(config: Config, folder: Path, seed_number: int) -> None:
 
 def _judge(seed: Any, arm: str) -> None:
     """Leaves `<arm>-s<seed>/judged.json`; does nothing if it is there."""
-    from experiments.lab import stages
+    from experiments.lab.judging import judge_arm, judge_frontier
+    from experiments.lab.seed import metered
 
     path = seed.arm_folder(arm) / "judged.json"
     if path.is_file():
         return
-    with stages.metered() as meter:
-        found = stages.judge_arm(seed, arm, best=seed.scale.best_of_n)
+    with metered() as meter:
+        found = judge_arm(seed, arm, best=seed.scale.best_of_n)
         if arm in STAGES:
             _record_routing(seed, arm)
     facts: dict[str, Any] = {} if arm in ("few_shot", "best_of_n") else seed.facts(arm)
@@ -172,7 +173,7 @@ def _judge(seed: Any, arm: str) -> None:
         },
         "texts": found["texts"],
         "gold": found["gold"],
-        "frontier": stages.judge_frontier(seed, arm),
+        "frontier": judge_frontier(seed, arm),
         "timings": {
             "seconds": facts.get("seconds", meter.seconds),
             "judge_seconds": meter.seconds,
@@ -184,11 +185,11 @@ def _judge(seed: Any, arm: str) -> None:
 
 
 def _record_routing(seed: Any, stage: str) -> None:
-    from experiments.lab import stages
+    from experiments.lab.judging import routing_of
 
     path = seed.arm_folder(stage) / "routing.json"
     if not path.is_file():
-        found = stages.routing_of(seed, stage)
+        found = routing_of(seed, stage)
         write_json_atomic(path, found)
 
 
@@ -378,6 +379,7 @@ def _notes(
     from experiments.lab.presets import SCALES
 
     notes = [
+        "Peak memory is that of the worker process up to the end of the stage.",
         "The KL of best-of-n is the bound ln n - (n - 1) / n, not a sample.",
         "Few-shot is the base model with worked examples in its prompt; its proxy reward and KL "
         "read the same answer behind the plain prompt.",

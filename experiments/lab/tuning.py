@@ -11,11 +11,11 @@ from typing import Any
 
 from experiments.lab import tales
 from experiments.lab.grid import Job, report, run_grid
+from experiments.lab.judging import measure_arm
 from experiments.lab.presets import SCALES, BestOfNArm, DPOArm, PPOArm, Scale
+from experiments.lab.seed import Seed
 from experiments.lab.stages import (
-    Seed,
     collect_pairs,
-    measure_arm,
     pretrain,
     supervised_finetune,
     train_dpo,

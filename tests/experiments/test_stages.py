@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.lab import stages
+from experiments.lab import judging, stages
 from experiments.lab.gold import GoldForbidden, GoldReward
 from experiments.lab.presets import DEBUG
+from experiments.lab.seed import Seed
 from experiments.lab.tuning import choose, trials, validation_prompts
 from sft.checkpoint import live_tensors, read_checkpoint
 
 
-def make_seed(folder: Path, *, lora_rank: int = 0, number: int = 3) -> stages.Seed:
-    return stages.Seed(
+def make_seed(folder: Path, *, lora_rank: int = 0, number: int = 3) -> Seed:
+    return Seed(
         seed=number,
         scale=DEBUG,
         folder=folder / "stages",
@@ -25,7 +26,7 @@ def make_seed(folder: Path, *, lora_rank: int = 0, number: int = 3) -> stages.Se
     )
 
 
-def run_trunk(seed: stages.Seed) -> None:
+def run_trunk(seed: Seed) -> None:
     """Everything but the labelling under a ban on gold."""
     with GoldReward.forbid():
         stages.pretrain(seed)
@@ -36,14 +37,14 @@ def run_trunk(seed: stages.Seed) -> None:
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> stages.Seed:
+def full(tmp_path_factory: pytest.TempPathFactory) -> Seed:
     seed = make_seed(tmp_path_factory.mktemp("full"))
     run_trunk(seed)
     return seed
 
 
 @pytest.fixture(scope="module")
-def lora(tmp_path_factory: pytest.TempPathFactory) -> stages.Seed:
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Seed:
     seed = make_seed(tmp_path_factory.mktemp("lora"), lora_rank=2)
     run_trunk(seed)
     return seed
@@ -56,25 +57,25 @@ def test_training_and_selection_never_touch_gold(kind: str, request: pytest.Fixt
         stages.train_dpo(seed, DEBUG.dpo)
         stages.train_ppo(seed, DEBUG.ppo)
         for arm in ("base", "few_shot", "sft", "dpo", "ppo", "best_of_n"):
-            measured, _ = stages.measure_arm(seed, arm, seed.eval_prompts(4), best=DEBUG.best_of_n)
+            measured, _ = judging.measure_arm(seed, arm, seed.eval_prompts(4), best=DEBUG.best_of_n)
             assert "gold_reward" not in measured.metrics
         with pytest.raises(GoldForbidden):
-            stages.judge_arm(seed, "sft")
+            judging.judge_arm(seed, "sft")
         with pytest.raises(GoldForbidden):
-            stages.judge_frontier(seed, "dpo")
+            judging.judge_frontier(seed, "dpo")
 
 
 @pytest.mark.parametrize("arm", ["dpo", "ppo"])
-def test_the_frontier_has_at_least_five_points_of_each_arm(full: stages.Seed, arm: str) -> None:
+def test_the_frontier_has_at_least_five_points_of_each_arm(full: Seed, arm: str) -> None:
     if not full.is_done(arm):
         getattr(stages, f"train_{arm}")(full, getattr(DEBUG, arm))
-    points = stages.judge_frontier(full, arm)
+    points = judging.judge_frontier(full, arm)
     assert len(points) >= 5
     assert [p["step"] for p in points] == sorted({p["step"] for p in points})
 
 
-def test_sft_is_at_distance_zero_from_itself_and_wins_half(full: stages.Seed) -> None:
-    judged = stages.judge_arm(full, "sft")
+def test_sft_is_at_distance_zero_from_itself_and_wins_half(full: Seed) -> None:
+    judged = judging.judge_arm(full, "sft")
     assert judged["metrics"]["kl_sequence"] == pytest.approx(0.0, abs=1e-4)
     from experiments.lab.evaluation import win_rate
 
@@ -82,19 +83,19 @@ def test_sft_is_at_distance_zero_from_itself_and_wins_half(full: stages.Seed) ->
 
 
 def test_best_of_n_reports_the_bound_and_never_scores_below_its_first_draw(
-    full: stages.Seed,
+    full: Seed,
 ) -> None:
     prompts = full.eval_prompts(6)
-    best, tokens = stages.measure_arm(full, "best_of_n", prompts, best=DEBUG.best_of_n)
+    best, tokens = judging.measure_arm(full, "best_of_n", prompts, best=DEBUG.best_of_n)
     assert best.metrics["kl_sequence"] == pytest.approx(0.1931, abs=1e-4)  # ln 2 - 1/2
-    one, _ = stages.measure_arm(
+    one, _ = judging.measure_arm(
         full, "best_of_n", prompts, best=dataclasses.replace(DEBUG.best_of_n, n=1)
     )
     assert best.metrics["proxy_reward"] >= one.metrics["proxy_reward"]
     assert tokens > 0
 
 
-def test_lora_stages_leave_the_pretrained_weights_bit_identical(lora: stages.Seed) -> None:
+def test_lora_stages_leave_the_pretrained_weights_bit_identical(lora: Seed) -> None:
     base = read_checkpoint(lora.folder / "base" / "final").tensors["model"]
     trained = read_checkpoint(lora.folder / "sft" / "final").tensors["model"]
     plain = {
@@ -108,7 +109,7 @@ def test_lora_stages_leave_the_pretrained_weights_bit_identical(lora: stages.See
     assert adapters and any(trained[name].abs().sum() > 0 for name in adapters)
 
 
-def test_under_lora_the_reference_is_the_frozen_sft_adapter(lora: stages.Seed) -> None:
+def test_under_lora_the_reference_is_the_frozen_sft_adapter(lora: Seed) -> None:
     policy, reference = lora.policy_and_reference()
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
@@ -125,17 +126,15 @@ def test_under_lora_the_reference_is_the_frozen_sft_adapter(lora: stages.Seed) -
     assert torch.equal(again, moved)
 
 
-def test_routing_of_sft_does_not_drift_from_itself(full: stages.Seed) -> None:
-    found = stages.routing_of(full, "sft")
+def test_routing_of_sft_does_not_drift_from_itself(full: Seed) -> None:
+    found = judging.routing_of(full, "sft")
     assert found["jaccard_from_sft"] == [1.0, 1.0]
     assert found["jsd_from_sft"] == [0.0, 0.0]
     assert all(abs(sum(layer) - 4) < 1e-9 for layer in found["load_share"])
     assert (full.arm_folder("sft") / "routing.npz").is_file()
 
 
-def test_a_stage_that_is_asked_again_gives_the_same_weights(
-    full: stages.Seed, tmp_path: Path
-) -> None:
+def test_a_stage_that_is_asked_again_gives_the_same_weights(full: Seed, tmp_path: Path) -> None:
     again = make_seed(tmp_path)
     stages.pretrain(again)
     first = live_tensors(full.base())
@@ -143,7 +142,7 @@ def test_a_stage_that_is_asked_again_gives_the_same_weights(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_pairs_hold_two_different_completions_and_no_reward(full: stages.Seed) -> None:
+def test_pairs_hold_two_different_completions_and_no_reward(full: Seed) -> None:
     held = json.loads((full.folder / "pairs.json").read_text(encoding="utf-8"))
     assert held["pairs"]
     for pair in held["pairs"]:

@@ -1,0 +1,211 @@
+"""One seed of a run on the world `tales`: its folders, its text, its models.
+
+Weights are kept in our checkpoint format under `<folder>/<stage>/final`; a model is rebuilt by code
+and filled strictly, so that a file of another shape is refused rather than half loaded.
+"""
+
+import copy
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.lab import tales
+from experiments.lab.corpus import pretraining_documents
+from experiments.lab.presets import Scale
+from moe import MoEConfig, MoEForCausalLM
+from rlhf.reference import FrozenAdapter, FrozenCopy, Reference
+from rlhf.reward import (
+    scalar_model,
+)
+from sft.adapt import LoraSpec, add_lora, copy_adapter, merged
+from sft.checkpoint import (
+    live_tensors,
+    load_strictly,
+    newest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from sft.examples import Document
+from sft.rows import (
+    document_rows,
+)
+from sft.text import TextPath, load_tokenizer, pick_template
+from sft.tracking import Tracker
+
+Progress = Callable[[str, int, int], None]
+LORA_TARGETS = ("attention", "experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seed:
+    """One seed of a run: where it works, how big, and how it tells what it is doing.
+
+    folder: private files (weights, pairs). arms: parent of `<arm>-s<seed>` folders.
+    lora_rank: 0 for full updates; pretraining is always full.
+    """
+
+    seed: int
+    scale: Scale
+    folder: Path
+    arms: Path
+    lora_rank: int = 0
+    experiment: str = "compare"
+    mirror: bool = True
+    progress: Progress = lambda stage, step, total: None
+
+    @property
+    def lora(self) -> LoraSpec | None:
+        if not self.lora_rank:
+            return None
+        return LoraSpec(rank=self.lora_rank, alpha=2.0 * self.lora_rank, targets=LORA_TARGETS)
+
+    def arm_folder(self, arm: str) -> Path:
+        return self.arms / f"{arm}-s{self.seed}"
+
+    def lr(self, lr: float) -> float:
+        """Adapters start at zero and want larger steps than full updates."""
+        return lr * self.scale.lora_lr_scale if self.lora_rank else lr
+
+    # Text.
+
+    def text_path(self) -> TextPath:
+        tokenizer = load_tokenizer(self.folder / "tokenizer")
+        template = pick_template(tokenizer, "plain")
+        return TextPath(tokenizer, template, max_length=self.scale.max_length)
+
+    def eval_prompts(self, count: int) -> list[str]:
+        """Held-out prompts, the same for every seed and arm."""
+        return tales.prompts(0, count, split="held_out")
+
+    # Models on disk.
+
+    def save(self, stage: str, model: nn.Module, facts: dict[str, Any]) -> None:
+        write_checkpoint(
+            self.folder / stage / "final",
+            tensors={"model": live_tensors(model)},
+            documents={"facts": facts},
+            facts={"stage": stage, "seed": self.seed},
+        )
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        path = self.folder / stage / "final" / "facts.json"
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return facts
+
+    def is_done(self, stage: str) -> bool:
+        return (self.folder / stage / "final" / "MANIFEST.json").is_file()
+
+    def load(self, stage: str, model: nn.Module) -> nn.Module:
+        checkpoint = read_checkpoint(self.folder / stage / "final")
+        load_strictly(model, checkpoint.tensors["model"], source=str(checkpoint.folder))
+        return model
+
+    def fresh_model(self) -> MoEForCausalLM:
+        text_path = self.text_path()
+        config = MoEConfig(
+            vocab_size=len(text_path.tokenizer),
+            pad_token_id=text_path.pad_id,
+            bos_token_id=text_path.bos_id,
+            eos_token_id=text_path.eos_id,
+            **self.scale.model,
+        )
+        torch.manual_seed(self.seed)
+        return MoEForCausalLM(config)
+
+    def base(self) -> nn.Module:
+        return self.load("base", self.fresh_model())
+
+    def sft(self) -> nn.Module:
+        """The SFT policy: the whole model, or the base with its adapter `sft`."""
+        model: nn.Module = self.fresh_model()
+        if self.lora:
+            model = add_lora(model, self.lora, name="sft")
+        return self.load("sft", model)
+
+    def policy_and_reference(self) -> tuple[nn.Module, Reference]:
+        """A trainable policy that starts as SFT, and SFT as its reference."""
+        policy = self.sft()
+        if self.lora:
+            copy_adapter(policy, "sft", name="policy")
+            return policy, FrozenAdapter(policy, "sft")
+        return policy, FrozenCopy(policy)
+
+    def reward_model(self) -> nn.Module:
+        """The scalar model on the SFT backbone (adapters folded in, own adapters on top)."""
+        torch.manual_seed(self.seed + 1)  # the fresh head
+        plain = merged(copy.deepcopy(self.sft()))
+        model: nn.Module = scalar_model(plain)
+        return add_lora(model, self.lora) if self.lora else model
+
+    # Running a trainer.
+
+    @contextmanager
+    def tracked(self, arm: str, job: str) -> Iterator[Tracker]:
+        folder = self.arm_folder(arm)
+        resume = _resume_steps(self.folder / job, job)
+        with Tracker(
+            folder,
+            group=self.experiment,
+            job_type=job,
+            name=f"{arm}-s{self.seed}",
+            config={"seed": self.seed, "arm": arm, "lora_rank": self.lora_rank},
+            mirror="wandb" if self.mirror else "none",
+            resume_step=resume,
+            console=None,
+        ) as tracker:
+            yield tracker
+
+    def trainer_options(self, job: str, tracker: Tracker) -> dict[str, Any]:
+        return {
+            "folder": self.folder / job,
+            "stage": job,
+            "tracker": tracker,
+            "on_progress": lambda step, total: self.progress(job, step, total),
+        }
+
+
+def _resume_steps(folder: Path, stage: str) -> dict[str, int]:
+    """How far this stage's metrics count: to its newest checkpoint, else not at all."""
+    newest, _ = newest_checkpoint(folder)
+    return {stage: int(newest.name.rpartition("-")[2]) if newest else 0}
+
+
+@dataclass
+class Meter:
+    """Seconds and peak memory of a stage; outside the identity of a run."""
+
+    start: float
+    seconds: float = 0.0
+    peak_mib: float = 0.0
+
+
+@contextmanager
+def metered() -> Iterator[Meter]:
+    meter = Meter(start=time.perf_counter())
+    yield meter
+    meter.seconds = time.perf_counter() - meter.start
+    meter.peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def pretraining_rows(seed: Seed, *, split: Any = "train", count: int) -> Any:
+    corpus = pretraining_documents(seed.seed, count, split=split)
+    documents = [Document(text=d.text, domain=d.domain) for d in corpus.documents]
+    return document_rows(documents, seed.text_path(), block=seed.scale.block)
+
+
+def load_policy(seed: Seed, arm: str) -> nn.Module:
+    """The trained policy of an arm, ready to sample from."""
+    if arm == "base":
+        return seed.base().eval()
+    if arm == "sft":
+        return seed.sft().eval()
+    policy, _ = seed.policy_and_reference()
+    return seed.load(arm, policy).eval()
