@@ -22,7 +22,8 @@ from rlhf.losses.dpo import DPOLoss
 from rlhf.reference import Reference
 from sft.adapt import disable_dropout
 from sft.loss import LossOutput
-from sft.trainer import BalancePolicy, StageTrainer, TrainSettings
+from sft.settings import BalancePolicy, TrainSettings
+from sft.trainer import StageTrainer
 
 STEP_ZERO_TOLERANCE = 1e-4  # float32 sums over some hundred tokens, times beta
 

@@ -52,8 +52,9 @@ from sft.session import (
     open_session,
     train_settings,
 )
+from sft.settings import BalancePolicy, TrainSettings
 from sft.text import TextPath
-from sft.trainer import BalancePolicy, StageTrainer, TrainSettings
+from sft.trainer import StageTrainer
 
 EVALUATION_ROWS = 64  # of a forward pass without gradients
 

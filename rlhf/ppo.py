@@ -32,8 +32,9 @@ from rlhf.reference import Reference
 from rlhf.reward import RewardSource, token_scores
 from sft.adapt import disable_dropout
 from sft.loss import LossOutput
+from sft.settings import BalancePolicy, TrainSettings
 from sft.text import pad_batch
-from sft.trainer import BalancePolicy, StageTrainer, TrainSettings
+from sft.trainer import StageTrainer
 
 RATIO_TOLERANCE = 1e-4
 

@@ -23,7 +23,8 @@ from moe.heads import last_real_position
 from rlhf.losses.bradley_terry import BradleyTerryLoss
 from sft.adapt import disable_dropout
 from sft.loss import LossOutput
-from sft.trainer import BalancePolicy, StageTrainer, TrainSettings
+from sft.settings import BalancePolicy, TrainSettings
+from sft.trainer import StageTrainer
 
 
 def scalar_model(causal_lm: PreTrainedModel) -> PreTrainedModel:

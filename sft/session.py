@@ -30,9 +30,10 @@ from sft.command import TrainingConfig, is_first_process
 from sft.examples import Examples
 from sft.rows import PromptRow
 from sft.run import Run, redact, write_text_atomic
+from sft.settings import BalancePolicy, TrainSettings
 from sft.text import TextPath, pad_batch
 from sft.tracking import Tracker
-from sft.trainer import BalancePolicy, Diverged, StageTrainer, TrainSettings
+from sft.trainer import Diverged, StageTrainer
 
 RESULTS = Path("results")
 CHECKPOINTS = "checkpoints"

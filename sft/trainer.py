@@ -9,21 +9,20 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from moe.balance import BalanceSums, balance_sums, load_balancing_value, z_value
-from moe.counters import permutation
 from moe.errors import UserError
 from moe.record import has_router, record_routing
 from moe.stats import RouterStats
-from sft.adapt import base_of, disable_dropout
+from sft.adapt import disable_dropout
 from sft.checkpoint import (
     PREFIX,
     Checkpoint,
@@ -35,119 +34,17 @@ from sft.checkpoint import (
     write_checkpoint,
 )
 from sft.loss import LossOutput, language_model_loss
+from sft.order import StepOrder
+from sft.settings import BalancePolicy, TrainSettings, training_arguments
+from sft.state import load_optimizer, optimizer_state, rng_documents, state_document
 from sft.tracking import Tracker
 
 # Settings that say when to write, not what is computed: they may differ when a run is resumed.
 RESUMABLE_SETTINGS = ("log_steps", "save_steps", "keep_checkpoints")
 
-BalanceScope = Literal["off", "micro_batch", "optimizer_step"]
-
 
 class Diverged(RuntimeError):
     """The loss or a gradient is not finite; nothing was written after the last good step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BalancePolicy:
-    """How a stage balances its routers.
-
-    scope: what the expert fractions f are counted over. `micro_batch` is what most frameworks do;
-    `optimizer_step` counts the whole step, all micro-batches and processes, so that the gradient is
-    the same for every split (with accumulation it costs one more forward pass without gradients).
-    """
-
-    scope: BalanceScope = "micro_batch"
-    load_balancing_coef: float = 0.0
-    z_loss_coef: float = 0.0
-
-    @classmethod
-    def of_model(cls, model: nn.Module, *, scope: BalanceScope = "micro_batch") -> "BalancePolicy":
-        """The coefficients that the model's own configuration names."""
-        config = getattr(base_of(model), "config", None)
-        # Another family has its own name for the coefficient; the loss is ours, per layer.
-        theirs = getattr(config, "router_aux_loss_coef", 0.0)
-        return cls(
-            scope=scope,
-            load_balancing_coef=float(getattr(config, "load_balancing_coef", theirs)),
-            z_loss_coef=float(getattr(config, "z_loss_coef", 0.0)),
-        )
-
-    @property
-    def on(self) -> bool:
-        return self.scope != "off" and (self.load_balancing_coef > 0 or self.z_loss_coef > 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """What a stage's optimisation is made of.
-
-    batch_size: rows of one optimizer step over all processes; micro_batch_size: rows of one forward
-    pass on one process (0: as many as there are). max_steps: optimizer steps.
-    """
-
-    max_steps: int
-    batch_size: int
-    micro_batch_size: int = 0
-    lr: float = 1e-3
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    log_steps: int = 10
-    save_steps: int = 0
-    keep_checkpoints: int = 2
-    activation_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "log_steps", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
-        if self.micro_batch_size < 0:
-            raise UserError(f"micro_batch_size is {self.micro_batch_size}: it must be at least 0.")
-        if not self.lr > 0:
-            raise UserError(f"lr {self.lr} must be above 0.")
-
-    def per_process(self, num_processes: int) -> tuple[int, int]:
-        """(micro-batch size, accumulation steps). Raises UserError if the batch does not divide."""
-        if self.batch_size % num_processes:
-            raise UserError(
-                f"batch_size {self.batch_size} does not divide over {num_processes} processes."
-            )
-        share = self.batch_size // num_processes
-        micro = self.micro_batch_size or share
-        if share % micro:
-            allowed = [m for m in range(1, share + 1) if share % m == 0]
-            raise UserError(
-                f"batch_size {self.batch_size} over {num_processes} processes is {share} rows "
-                f"each, not a multiple of micro_batch_size {micro}: try one of {allowed}."
-            )
-        return micro, share // micro
-
-
-class StepOrder(Sampler[int]):
-    """Row indices of the whole training: epoch after epoch, each its own permutation.
-
-    The order is a function of (seed, epoch), not of history, so a resumed run continues it.
-    """
-
-    def __init__(self, num_rows: int, *, num_samples: int, seed: int) -> None:
-        self.num_rows, self.num_samples, self.seed = num_rows, num_samples, seed
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __iter__(self) -> Iterator[int]:
-        epoch, given = 0, 0
-        while given < self.num_samples:
-            for row in permutation(self.seed, "order", epoch, length=self.num_rows):
-                if given == self.num_samples:
-                    return
-                yield row
-                given += 1
-            epoch += 1
 
 
 @dataclass
@@ -268,7 +165,7 @@ class StageTrainer(Trainer):
         self._resumed: Checkpoint | None = None
         super().__init__(
             model=model,
-            args=_training_arguments(settings, folder),
+            args=training_arguments(settings, folder),
             train_dataset=rows,
             data_collator=collator,
         )
@@ -497,10 +394,10 @@ class StageTrainer(Trainer):
     # Checkpoints: see sft.checkpoint.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        everyone = self._gather_objects(_rng_documents())
+        everyone = self._gather_objects(rng_documents())
         extra_tensors, extra_document = self.extra_state()
         if self.is_world_process_zero():
-            optimizer_tensors, optimizer_document = _optimizer_state(self.optimizer, self.model)
+            optimizer_tensors, optimizer_document = optimizer_state(self.optimizer, self.model)
             folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
             write_checkpoint(
                 folder,
@@ -511,7 +408,7 @@ class StageTrainer(Trainer):
                     **({"extra": extra_tensors} if extra_tensors else {}),
                 },
                 documents={
-                    "trainer_state": _state_document(self.state),
+                    "trainer_state": state_document(self.state),
                     "optimizer": optimizer_document,
                     "scheduler": self.lr_scheduler.state_dict(),
                     "rng": everyone,
@@ -589,7 +486,7 @@ class StageTrainer(Trainer):
             return
         document = self._resumed.documents["optimizer"]
         assert isinstance(document, dict)
-        _load_optimizer(self.optimizer, self.model, self._resumed.tensors["optimizer"], document)
+        load_optimizer(self.optimizer, self.model, self._resumed.tensors["optimizer"], document)
         self.lr_scheduler.load_state_dict(self._resumed.documents["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -607,123 +504,6 @@ class StageTrainer(Trainer):
 
 def _value(metric: Any) -> float:
     return metric[0] if isinstance(metric, tuple) else metric
-
-
-def _training_arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
-    """Our settings in Hugging Face's words. The process count comes from the launcher."""
-    from accelerate import PartialState
-
-    cpu = not torch.cuda.is_available()
-    processes = PartialState(cpu=cpu).num_processes
-    micro, accumulation = settings.per_process(processes)
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=settings.lr,
-        lr_scheduler_type=settings.lr_schedule,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        adam_beta2=settings.adam_beta2,
-        adam_epsilon=settings.adam_eps,
-        max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch_fused",
-        seed=settings.seed,
-        logging_steps=settings.log_steps,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 1,
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=not cpu,
-        disable_tqdm=True,
-        use_cpu=cpu,
-        bf16=False,
-        eval_strategy="no",
-        activation_checkpointing=settings.activation_checkpointing,
-        ddp_find_unused_parameters=False,
-    )
-
-
-def _state_document(state: Any) -> dict[str, Any]:
-    """The loop's own state; times and callbacks are not part of it."""
-    return {
-        "global_step": state.global_step,
-        "max_steps": state.max_steps,
-        "epoch": state.epoch,
-        "num_train_epochs": state.num_train_epochs,
-        "log_history": state.log_history,
-        "logging_steps": state.logging_steps,
-        "save_steps": state.save_steps,
-        "train_batch_size": state.train_batch_size,
-        "stateful_callbacks": {},
-    }
-
-
-def _rng_documents() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [name, np.asarray(keys).tolist(), *rest],
-        "torch": torch.get_rng_state(),
-    }
-
-
-def _parameter_names(model: nn.Module) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in model.named_parameters()}
-
-
-def _plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-
-
-def _optimizer_state(optimizer: Any, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Moments under `<parameter name>::<key>`, and the groups' numbers as JSON."""
-    names = _parameter_names(model)
-    plain = _plain_optimizer(optimizer)
-    tensors = {
-        f"{names[id(parameter)]}::{key}": value
-        for parameter, state in plain.state.items()
-        for key, value in state.items()
-    }
-    groups = [
-        {
-            **{k: v for k, v in group.items() if k != "params"},
-            "params": [names[id(p)] for p in group["params"]],
-        }
-        for group in plain.param_groups
-    ]
-    return tensors, {"groups": groups}
-
-
-def _load_optimizer(
-    optimizer: Any, model: nn.Module, tensors: Mapping[str, Tensor], document: Mapping[str, Any]
-) -> None:
-    """Restore moments by parameter name; raises UserError if the groups hold other parameters."""
-    names = _parameter_names(model)
-    plain = _plain_optimizer(optimizer)
-    by_parameter: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, slot = key.rpartition("::")
-        by_parameter.setdefault(name, {})[slot] = value
-    for group, saved in zip(plain.param_groups, document["groups"], strict=True):
-        if [names[id(p)] for p in group["params"]] != saved["params"]:
-            raise UserError("the checkpoint's optimizer holds other parameters than this run's.")
-        group.update({k: v for k, v in saved.items() if k != "params" and k != "betas"})
-        group["betas"] = tuple(saved["betas"])
-        for parameter in group["params"]:
-            state = by_parameter.pop(names[id(parameter)], None)
-            if state is not None:
-                plain.state[parameter] = {
-                    slot: value.to(parameter.device) for slot, value in state.items()
-                }
-    if by_parameter:
-        raise UserError(
-            f"the checkpoint has moments of unknown parameters: {sorted(by_parameter)[:3]}"
-        )
 
 
 class SFTTrainer(StageTrainer):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.ppo import PPOSettings
-from sft.trainer import TrainSettings
+from sft.settings import TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,8 +46,9 @@ from sft.rows import (
     supervised_rows,
 )
 from sft.run import write_json_atomic
+from sft.settings import BalancePolicy, TrainSettings
 from sft.text import Message, TextPath, train_bpe
-from sft.trainer import BalancePolicy, SFTTrainer, StageTrainer, TrainSettings
+from sft.trainer import SFTTrainer, StageTrainer
 
 # The trunk: what all arms share.
 

@@ -25,7 +25,7 @@ from rlhf.ppo import PPOSettings, PPOTrainer
 from rlhf.reference import FrozenCopy
 from rlhf.reward import scalar_model
 from sft.rows import PreferenceCollator
-from sft.trainer import TrainSettings
+from sft.settings import TrainSettings
 
 BETA = 0.5
 Answer = tuple[int, ...]

@@ -18,9 +18,10 @@ from rlhf.losses.dpo import DPOLoss
 from rlhf.reference import FrozenAdapter, FrozenCopy, Reference
 from sft.adapt import LoraSpec, add_lora, copy_adapter
 from sft.checkpoint import MANIFEST, live_tensors
+from sft.order import StepOrder
 from sft.rows import PreferenceCollator
+from sft.settings import BalancePolicy, TrainSettings
 from sft.text import pad_batch
-from sft.trainer import BalancePolicy, StepOrder, TrainSettings
 
 LN_2 = math.log(2.0)
 SPEC = LoraSpec(rank=2, alpha=4, targets=("attention", "experts", "router"))

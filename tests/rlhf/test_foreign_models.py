@@ -26,7 +26,8 @@ from rlhf.reference import FrozenAdapter, FrozenCopy, Reference
 from rlhf.reward import ModelReward, RewardTrainer, scalar_head, scalar_model
 from sft.adapt import LORA_PARTS, LoraSpec, add_lora, trainable_by_part
 from sft.rows import PreferenceCollator, SupervisedCollator
-from sft.trainer import BalancePolicy, SFTTrainer, StageTrainer, TrainSettings
+from sft.settings import BalancePolicy, TrainSettings
+from sft.trainer import SFTTrainer, StageTrainer
 
 VOCABULARY = 40
 PAD, EOS = 0, 1

@@ -25,8 +25,8 @@ from rlhf.reward import ModelReward, scalar_model, token_scores
 from sft.adapt import LoraSpec, add_lora, copy_adapter
 from sft.checkpoint import MANIFEST, live_tensors, read_checkpoint
 from sft.loss import LossOutput
+from sft.settings import BalancePolicy, TrainSettings
 from sft.text import pad_batch
-from sft.trainer import BalancePolicy, TrainSettings
 
 STOPS = (2, 5, 7, 9, 11)
 SPEC = LoraSpec(rank=2, alpha=4, targets=("attention", "experts", "router"))

@@ -27,8 +27,8 @@ from rlhf.reward import (
 from sft.adapt import LoraSpec, add_lora, merged
 from sft.checkpoint import MANIFEST, live_tensors
 from sft.rows import PreferenceCollator
+from sft.settings import BalancePolicy, TrainSettings
 from sft.text import pad_batch
-from sft.trainer import BalancePolicy, TrainSettings
 
 EOS = 2
 

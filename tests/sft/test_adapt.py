@@ -27,7 +27,8 @@ from sft.adapt import (
 )
 from sft.checkpoint import live_tensors
 from sft.rows import SupervisedCollator
-from sft.trainer import BalancePolicy, SFTTrainer, TrainSettings
+from sft.settings import BalancePolicy, TrainSettings
+from sft.trainer import SFTTrainer
 
 EVERY_PART = ("attention", "experts", "router", "ffn")
 

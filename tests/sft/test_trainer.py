@@ -23,15 +23,10 @@ from moe.record import record_routing
 from sft.adapt import LoraSpec, add_lora
 from sft.checkpoint import MANIFEST, checkpoints, live_tensors, read_checkpoint
 from sft.loss import LossOutput
+from sft.order import StepOrder
 from sft.rows import SupervisedCollator
-from sft.trainer import (
-    BalancePolicy,
-    Diverged,
-    SFTTrainer,
-    StageTrainer,
-    StepOrder,
-    TrainSettings,
-)
+from sft.settings import BalancePolicy, TrainSettings
+from sft.trainer import Diverged, SFTTrainer, StageTrainer
 
 Rows = list[Any]
 
