@@ -136,9 +136,9 @@ def arm_job(config: Config, folder: Path, seed_number: int, arm: str) -> None:
 
     seed = _seed(config, folder, seed_number, f"s{seed_number} {arm}")
     if arm == "dpo" and not seed.is_done(arm):
-        stages.train_dpo(seed, seed.scale.dpo)
+        stages.train_dpo(seed, seed.dpo)
     if arm == "ppo" and not seed.is_done(arm):
-        stages.train_ppo(seed, seed.scale.ppo)
+        stages.train_ppo(seed, seed.ppo)
     _judge(seed, arm)
 
 

@@ -42,6 +42,16 @@ class BestOfNArm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraArms:
+    """What differs under adapters: they start at zero and want other learning rates."""
+
+    sft_lr: float
+    rm_lr: float
+    dpo: DPOArm
+    ppo: PPOArm
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """Everything that follows from `--scale`. Sizes in tokens, rows, steps.
 
@@ -59,7 +69,6 @@ class Scale:
     sft_batch: int
     sft_epochs: float
     sft_lr: float
-    lora_lr_scale: float
     num_pair_prompts: int
     label_temperature: float
     rm_epochs: float
@@ -77,6 +86,7 @@ class Scale:
     dpo: DPOArm
     ppo: PPOArm
     best_of_n: BestOfNArm
+    lora: LoraArms
 
     def train(self, *, rows: int, batch: int, epochs: float, lr: float, seed: int) -> TrainSettings:
         """Settings of a supervised stage over so many rows."""
@@ -127,7 +137,6 @@ LAPTOP = Scale(
     sft_batch=32,
     sft_epochs=3.0,
     sft_lr=2e-3,
-    lora_lr_scale=4.0,
     num_pair_prompts=2400,
     label_temperature=0.5,
     rm_epochs=2.0,
@@ -145,6 +154,12 @@ LAPTOP = Scale(
     dpo=DPOArm(beta=0.3, lr=6e-4, epochs=1.0, batch_size=32),
     ppo=PPOArm(kl_coef=0.2, lr=5e-4, updates=40, episodes=64, epochs=2, minibatches=2),
     best_of_n=BestOfNArm(n=32),
+    lora=LoraArms(
+        sft_lr=8e-3,
+        rm_lr=2e-3,
+        dpo=DPOArm(beta=0.3, lr=6e-4, epochs=1.0, batch_size=32),
+        ppo=PPOArm(kl_coef=0.2, lr=1e-3, updates=40, episodes=64, epochs=2, minibatches=2),
+    ),
 )
 
 DEBUG = Scale(
@@ -166,7 +181,6 @@ DEBUG = Scale(
     sft_batch=8,
     sft_epochs=1.0,
     sft_lr=1e-3,
-    lora_lr_scale=4.0,
     num_pair_prompts=24,
     label_temperature=0.5,
     rm_epochs=1.0,
@@ -184,6 +198,12 @@ DEBUG = Scale(
     dpo=DPOArm(beta=0.1, lr=3e-4, epochs=3.0, batch_size=8),
     ppo=PPOArm(kl_coef=0.05, lr=3e-4, updates=3, episodes=8, epochs=1, minibatches=2),
     best_of_n=BestOfNArm(n=2),
+    lora=LoraArms(
+        sft_lr=4e-3,
+        rm_lr=2e-3,
+        dpo=DPOArm(beta=0.1, lr=6e-4, epochs=3.0, batch_size=8),
+        ppo=PPOArm(kl_coef=0.05, lr=6e-4, updates=3, episodes=8, epochs=1, minibatches=2),
+    ),
 )
 
 SCALES = {"laptop": LAPTOP, "debug": DEBUG}

@@ -19,7 +19,7 @@ from torch import nn
 
 from experiments.lab import tales
 from experiments.lab.corpus import pretraining_documents
-from experiments.lab.presets import Scale
+from experiments.lab.presets import DPOArm, PPOArm, Scale
 from moe import MoEConfig, MoEForCausalLM
 from rlhf.reference import FrozenAdapter, FrozenCopy, Reference
 from rlhf.reward import (
@@ -70,9 +70,23 @@ class Seed:
     def arm_folder(self, arm: str) -> Path:
         return self.arms / f"{arm}-s{self.seed}"
 
-    def lr(self, lr: float) -> float:
-        """Adapters start at zero and want larger steps than full updates."""
-        return lr * self.scale.lora_lr_scale if self.lora_rank else lr
+    # Settings that differ under adapters.
+
+    @property
+    def sft_lr(self) -> float:
+        return self.scale.lora.sft_lr if self.lora_rank else self.scale.sft_lr
+
+    @property
+    def rm_lr(self) -> float:
+        return self.scale.lora.rm_lr if self.lora_rank else self.scale.rm_lr
+
+    @property
+    def dpo(self) -> DPOArm:
+        return self.scale.lora.dpo if self.lora_rank else self.scale.dpo
+
+    @property
+    def ppo(self) -> PPOArm:
+        return self.scale.lora.ppo if self.lora_rank else self.scale.ppo
 
     # Text.
 

@@ -104,7 +104,7 @@ def supervised_finetune(seed: Seed) -> None:
         rows=len(rows),
         batch=scale.sft_batch,
         epochs=scale.sft_epochs,
-        lr=seed.lr(scale.sft_lr),
+        lr=seed.sft_lr,
         seed=seed.seed,
     )
     model = seed.base()
@@ -212,7 +212,7 @@ def train_reward_model(seed: Seed) -> None:
         rows=len(train),
         batch=scale.rm_batch,
         epochs=scale.rm_epochs,
-        lr=seed.lr(scale.rm_lr),
+        lr=seed.rm_lr,
         seed=seed.seed,
     )
     model = seed.reward_model()
@@ -305,7 +305,7 @@ def train_dpo(seed: Seed, arm: DPOArm, *, name: str = "dpo") -> None:
     text_path = seed.text_path()
     train, _ = pair_rows(seed)
     settings = seed.scale.train(
-        rows=len(train), batch=arm.batch_size, epochs=arm.epochs, lr=seed.lr(arm.lr), seed=seed.seed
+        rows=len(train), batch=arm.batch_size, epochs=arm.epochs, lr=arm.lr, seed=seed.seed
     )
     policy, reference = seed.policy_and_reference()
     with metered() as meter, seed.tracked(name, name) as tracker:
@@ -345,7 +345,7 @@ def train_ppo(seed: Seed, arm: PPOArm, *, name: str = "ppo") -> None:
     settings = TrainSettings(
         max_steps=ppo.steps,
         batch_size=ppo.minibatch_size,
-        lr=seed.lr(arm.lr),
+        lr=arm.lr,
         lr_schedule="linear",
         adam_eps=1e-5,
         seed=seed.seed,

@@ -31,9 +31,10 @@ NUM_PROMPTS = 128
 Arm = DPOArm | PPOArm | BestOfNArm
 
 
-def trials(scale: Scale) -> dict[str, tuple[Arm, ...]]:
-    """The settings that are tried; as many for each method."""
+def trials(scale: Scale, *, lora: bool = False) -> dict[str, tuple[Arm, ...]]:
+    """The settings that are tried; as many for each method. PPO's adapters take twice the lr."""
     dpo, ppo = scale.dpo, scale.ppo
+    twice = 2.0 if lora else 1.0
     return {
         "dpo": (
             replace(dpo, beta=0.1, lr=1e-4),
@@ -42,10 +43,10 @@ def trials(scale: Scale) -> dict[str, tuple[Arm, ...]]:
             replace(dpo, beta=0.3, lr=6e-4),
         ),
         "ppo": (
-            replace(ppo, kl_coef=0.1, lr=2e-4),
-            replace(ppo, kl_coef=0.2, lr=3e-4),
-            replace(ppo, kl_coef=0.2, lr=5e-4),
-            replace(ppo, kl_coef=0.3, lr=5e-4),
+            replace(ppo, kl_coef=0.1, lr=twice * 2e-4),
+            replace(ppo, kl_coef=0.2, lr=twice * 3e-4),
+            replace(ppo, kl_coef=0.2, lr=twice * 5e-4),
+            replace(ppo, kl_coef=0.3, lr=twice * 5e-4),
         ),
         "best_of_n": tuple(BestOfNArm(n=n) for n in (4, 8, 16, 32)),
     }
@@ -84,7 +85,7 @@ def trial(scale: str, folder: Path, lora_rank: int, method: str, place: int) -> 
     """Train one setting and write what selection may see."""
     name = f"{method}-{place}"
     seed = _seed(scale, folder, lora_rank, name)
-    arm = trials(seed.scale)[method][place]
+    arm = trials(seed.scale, lora=lora_rank > 0)[method][place]
     if isinstance(arm, DPOArm) and not seed.is_done(name):
         train_dpo(seed, arm, name=name)
     elif isinstance(arm, PPOArm) and not seed.is_done(name):
@@ -124,7 +125,7 @@ def tune(*, scale: str, lora_rank: int, processes: int, folder: Path) -> dict[st
         Job(name="trunk", function=trunk, arguments=base, weight=4),
         Job(name="sft", function=measure_sft, arguments=base, after=("trunk",), weight=0.1),
     ]
-    settings = trials(SCALES[scale])
+    settings = trials(SCALES[scale], lora=lora_rank > 0)
     for method, weight in (("ppo", 3.0), ("dpo", 1.0), ("best_of_n", 0.5)):
         jobs += [
             Job(
