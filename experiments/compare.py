@@ -93,6 +93,12 @@ class Config:
                 f"--peft {self.peft} with --lora-rank {self.lora_rank}: adapters need --peft lora "
                 "and a rank of at least 1, such as --lora-rank 8; a full update takes neither."
             )
+        if self.tune and (self.resume is not None or self.overwrite):
+            raise UserError(
+                "--tune takes neither --resume nor --overwrite: it continues by itself."
+            )
+        if self.resume is not None and (self.out is not None or self.overwrite):
+            raise UserError("--resume names the run's folder: leave out --out and --overwrite.")
         if self.processes < 1:
             raise UserError(f"--processes {self.processes} must be at least 1.")
 

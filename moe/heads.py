@@ -6,6 +6,7 @@ other libraries lose.
 Shapes: B batch, S sequence, D width.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class _ScalarHead(MoEPreTrainedModel):
     """Backbone and one linear unit; N(0, 1/sqrt(D+1)), bias 0 (Stiennon et al. 2020)."""
 
     def __init__(self, config: MoEConfig) -> None:
+        config = copy.deepcopy(config)  # the caller's stays as it is
         config.num_labels = 1
         super().__init__(config)
         self.model = MoEModel(config)

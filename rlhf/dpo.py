@@ -86,6 +86,9 @@ class DPOTrainer(StageTrainer):
         disable_dropout(model)
         super().__init__(model, settings, **kwargs)
 
+    def own_settings(self) -> dict[str, Any]:
+        return {"loss": repr(self.loss)}
+
     def count_units(self, batch: Mapping[str, Tensor]) -> int:
         return batch["input_ids"].shape[0] // 2
 

@@ -12,7 +12,7 @@ Shapes: B episodes of an update, P prompt, R response, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class PPOSettings:
 
     updates: rollout phases. episodes: completions per update, over all processes.
     epochs, minibatches: passes over an update's episodes and steps per pass.
+    clip_high: upper clip of the ratio apart from the lower (0: the same).
+    dual_clip: bound on the loss of a token with negative advantage, above 1 (0: none).
     missing_eos_penalty: subtracted from the score of a completion without EOS (0: none).
     score_clip: scores are clipped to +-this (0: not).
     """
@@ -58,6 +60,8 @@ class PPOSettings:
     gamma: float = 1.0
     lam: float = 0.95
     clip: float = 0.2
+    clip_high: float = 0.0
+    dual_clip: float = 0.0
     value_clip: float = 0.2
     value_coef: float = 0.1
     entropy_coef: float = 0.0
@@ -210,10 +214,11 @@ class PPOTrainer(StageTrainer):
 
     def fit(self, *, resume: bool = False) -> None:
         super().fit(resume=resume)
-        if self.state.global_step != self.ppo.steps:
+        made = self.steps_before + self.optimizer_steps
+        if made != self.ppo.steps:
             raise SelfCheckFailed(
-                f"PPO made {self.state.global_step} optimizer steps, not {self.ppo.steps} = "
-                "updates x epochs x minibatches."
+                f"PPO made {made} optimizer steps, not {self.ppo.steps} = updates x epochs x "
+                "minibatches."
             )
 
     # Where the loop's batches come from.
@@ -413,6 +418,7 @@ class PPOTrainer(StageTrainer):
             )
         kl_B = torch.where(mask_BR, kl.k1(old_logp_BR, ref_logp_BR), 0.0).sum(dim=1)
         mismatch_BR = torch.where(mask_BR, (old_logp_BR - drawn_logp_BR).abs(), 0.0)
+        shaped_B = torch.where(mask_BR, reward_BR, 0.0).sum(dim=1)
         # Every process holds all episodes, and sums are added over processes: each gives its own.
         mine = self._own_episodes()
         self._sums.add(
@@ -421,7 +427,8 @@ class PPOTrainer(StageTrainer):
                 count=mask_BR[mine].any(dim=1).sum(),
                 metrics={
                     "reward/score": metric(buffer.score_B[mine]),
-                    "reward/shaped": metric(torch.where(mask_BR, reward_BR, 0.0).sum(dim=1)[mine]),
+                    "reward/shaped": metric(shaped_B[mine]),
+                    "reward/non_score": metric((shaped_B - score_B)[mine]),
                     "policy/kl_sequence": metric(kl_B[mine]),
                     "policy/kl_coef": metric(torch.full_like(kl_B, coef)[mine]),
                     "rollout/length": metric(mask_BR.sum(dim=1).float()[mine]),
@@ -459,7 +466,8 @@ class PPOTrainer(StageTrainer):
             advantage_BR=batch["advantage_BR"],
             mask_BR=mask_BR,
             clip_low=ppo.clip,
-            clip_high=ppo.clip,
+            clip_high=ppo.clip_high or ppo.clip,
+            dual_clip=ppo.dual_clip or None,
         )
         value = value_loss(  # 24
             value_BR,
@@ -522,6 +530,9 @@ class PPOTrainer(StageTrainer):
             if explained is not None:
                 metrics["value/explained_variance"] = explained
         return metrics
+
+    def own_settings(self) -> dict[str, Any]:
+        return {"ppo": asdict(self.ppo)}
 
     # What the loop keeps.
 

@@ -93,7 +93,7 @@ class TrainingConfig:
     @property
     def scope(self) -> BalanceScope:
         """What the experts' shares f of the balance loss are counted over."""
-        return "micro_batch" if self.balance_scope == "auto" else self.balance_scope
+        return "optimizer_step" if self.balance_scope == "auto" else self.balance_scope
 
     def idle(self) -> dict[str, str]:
         """Options without effect in this configuration, and why ("with --lora-rank 0")."""

@@ -215,7 +215,7 @@ def describe_environment() -> dict[str, object]:
     commit, dirty = _commit()
     return {
         "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.release()}",
+        "platform": platform.system(),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads() if torch is not None else None,

@@ -5,6 +5,7 @@ processes), so splitting a batch changes nothing. The overridden `Trainer` metho
 the line "Hugging Face's loop"; transformers is bounded to the minor versions they were tested with.
 """
 
+import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,6 @@ from moe.balance import BalanceSums, balance_sums, load_balancing_value, z_value
 from moe.errors import UserError
 from moe.record import has_router, record_routing
 from moe.stats import RouterStats
-from sft.adapt import disable_dropout
 from sft.checkpoint import (
     PREFIX,
     Checkpoint,
@@ -159,7 +159,8 @@ class StageTrainer(Trainer):
         self.routed = has_router(self.routed_part)
         if self.balance.on and not self.routed:
             self.balance = BalancePolicy(scope="off")
-        self.optimizer_steps = 0
+        self.optimizer_steps = 0  # counted where they are made, in this process of the training
+        self.steps_before = 0  # those of the checkpoint that this training continues
         self._step = _Denominators()
         self._sums = _Sums()
         self._resumed: Checkpoint | None = None
@@ -187,6 +188,10 @@ class StageTrainer(Trainer):
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What the objective needs beside the batch, computed without gradients and unobserved."""
         return batch
+
+    def own_settings(self) -> dict[str, Any]:
+        """What the stage computes by beside `TrainSettings`; a resumed run must agree with it."""
+        return {}
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the stage adds to a checkpoint: tensors and a JSON document."""
@@ -412,7 +417,7 @@ class StageTrainer(Trainer):
                     "optimizer": optimizer_document,
                     "scheduler": self.lr_scheduler.state_dict(),
                     "rng": everyone,
-                    "settings": asdict(self.settings),
+                    "settings": self._all_settings(),
                     "sums": self._sums.document(),
                     "extra": extra_document,
                 },
@@ -446,6 +451,7 @@ class StageTrainer(Trainer):
         sums = checkpoint.documents["sums"]
         assert isinstance(sums, dict)
         self._sums = _Sums.of_document(sums)
+        self.steps_before = int(str(checkpoint.manifest["step"]))
         self._resumed = checkpoint
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
@@ -464,10 +470,15 @@ class StageTrainer(Trainer):
         }
         self._refuse_differences(checkpoint, now, then)
 
+    def _all_settings(self) -> dict[str, Any]:
+        whole = {**asdict(self.settings), "balance": asdict(self.balance), **self.own_settings()}
+        plain: dict[str, Any] = json.loads(json.dumps(whole))  # as a checkpoint gives it back
+        return plain
+
     def _check_same_settings(self, checkpoint: Checkpoint) -> None:
         held = checkpoint.documents["settings"]
         assert isinstance(held, dict)
-        now = {k: v for k, v in asdict(self.settings).items() if k not in RESUMABLE_SETTINGS}
+        now = {k: v for k, v in self._all_settings().items() if k not in RESUMABLE_SETTINGS}
         self._refuse_differences(checkpoint, now, {name: held.get(name) for name in now})
 
     @staticmethod
@@ -512,8 +523,6 @@ class SFTTrainer(StageTrainer):
     def __init__(self, model: nn.Module, settings: TrainSettings, **kwargs: Any) -> None:
         kwargs.setdefault("stage", "sft")
         kwargs.setdefault("balance", BalancePolicy.of_model(model))
-        if kwargs.pop("dropout_off", False):
-            disable_dropout(model)
         super().__init__(model, settings, **kwargs)
 
     def count_units(self, batch: Mapping[str, Tensor]) -> int:

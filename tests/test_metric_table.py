@@ -4,16 +4,10 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("sft/trainer.py", "sft/loss.py", "moe/stats.py", "rlhf")
-AREAS = "train|lm|router|preference|reward|logp|policy|value|rollout"
+SOURCES = ("sft/trainer.py", "sft/loss.py", "moe/stats.py", "rlhf", "sft/supervised.py")
+AREAS = "eval|train|lm|router|preference|reward|logp|policy|value|rollout"
 # Not logged: sums behind `value/explained_variance`, and what no trainer switches on.
-PIECES = {
-    "policy/dual_clip_fraction",
-    "value/error",
-    "value/error_squared",
-    "value/return",
-    "value/return_squared",
-}
+PIECES = {"value/error", "value/error_squared", "value/return", "value/return_squared"}
 
 
 def defined() -> set[str]:
@@ -35,6 +29,9 @@ def logged() -> set[str]:
     stats = (ROOT / "moe" / "stats.py").read_text(encoding="utf-8")
     measures = stats.split("measures = {")[1].split("}")[0]
     keys |= {f"router/{name}" for name in re.findall(r'"([a-z_]+)":', measures)}
+    methods = (ROOT / "rlhf" / "methods.py").read_text(encoding="utf-8")
+    (names,) = re.findall(r"names = (\([^)]*\))\n.*?eval/\{n\}", methods, flags=re.DOTALL)
+    keys |= {f"eval/{name}" for name in re.findall(r'"([a-z_]+)"', names)}
     return keys - PIECES
 
 

@@ -44,6 +44,8 @@ def _start_worker(reports: Any) -> None:
     global _reports
     _reports = reports
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # The lab's models are small and its results must not depend on a card: the CPU, everywhere.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
     torch.set_num_threads(1)  # two contended threads come out many times slower

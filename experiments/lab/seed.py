@@ -10,7 +10,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from sft.examples import Document
 from sft.rows import (
     document_rows,
 )
+from sft.run import config_hash
 from sft.text import TextPath, load_tokenizer, pick_template
 from sft.tracking import Tracker
 
@@ -182,6 +183,7 @@ class Seed:
             "folder": self.folder / job,
             "stage": job,
             "tracker": tracker,
+            "fingerprints": {"scale": config_hash(asdict(self.scale))},
             "on_progress": lambda step, total: self.progress(job, step, total),
         }
 
