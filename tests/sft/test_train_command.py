@@ -189,7 +189,7 @@ def test_piped_output_has_header_progress_result_and_place(
         "experts 6,144",
         "split 16 / 4 by prompt",
         "supervised tokens",
-        "load balancing 0.01, z-loss 0.001, f over micro_batch",
+        "load balancing 0.01, z-loss 0.001, f over optimizer_step",
         "sft 4/4",
         "prompt ",
         "before ",
