@@ -161,16 +161,16 @@ def judge_job(config: Config, folder: Path, seed_number: int) -> None:
 def _judge(seed: Any, arm: str) -> None:
     """Leaves `<arm>-s<seed>/judged.json`; does nothing if it is there."""
     from experiments.lab.judging import judge_arm, judge_frontier
-    from experiments.lab.seed import metered
 
     path = seed.arm_folder(arm) / "judged.json"
     if path.is_file():
         return
-    with metered() as meter:
+    with seed.metered(f"judge-{arm}") as meter:
         found = judge_arm(seed, arm, best=seed.scale.best_of_n)
         if arm in STAGES:
             _record_routing(seed, arm)
-    facts: dict[str, Any] = {} if arm in ("few_shot", "best_of_n") else seed.facts(arm)
+    # What is not trained costs what its answers cost.
+    facts = meter.facts() if arm in ("few_shot", "best_of_n") else seed.facts(arm)
     result = {
         "metrics": {
             **found["metrics"],
@@ -181,9 +181,9 @@ def _judge(seed: Any, arm: str) -> None:
         "gold": found["gold"],
         "frontier": judge_frontier(seed, arm),
         "timings": {
-            "seconds": facts.get("seconds", meter.seconds),
-            "judge_seconds": meter.seconds,
-            "peak_mib": facts.get("peak_mib", meter.peak_mib),
+            "seconds": facts["seconds"],
+            "peak_mib": facts["peak_mib"],
+            "judge": meter.facts(),
         },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +245,6 @@ def gather(config: Config, folder: Path, *, seeds: Sequence[int], status: str) -
     from experiments.lab.evaluation import win_rate
 
     arms: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
-    timings: dict[str, Any] = {"seconds": {}, "peak_mib": {}}
     for seed in seeds:
         sft = _read(folder, "sft", seed, "judged.json")
         for arm in ARMS:
@@ -253,12 +252,6 @@ def gather(config: Config, folder: Path, *, seeds: Sequence[int], status: str) -
             metrics = {**judged["metrics"], "win_rate": win_rate(judged["gold"], sft["gold"])}
             for name in (*METRICS, *EXTRA_METRICS):
                 arms[arm].setdefault(name, []).append(metrics[name])
-            for name in ("seconds", "peak_mib"):
-                timings[name].setdefault(arm, []).append(judged["timings"][name])
-        rm = json.loads(
-            (folder / "stages" / f"s{seed}" / "rm" / "final" / "facts.json").read_text("utf-8")
-        )
-        timings["seconds"].setdefault("rm", []).append(rm["seconds"])
     comparisons = _comparisons(arms)
     return {
         "schema": 1,
@@ -279,7 +272,7 @@ def gather(config: Config, folder: Path, *, seeds: Sequence[int], status: str) -
         "verdict": {"word": verdict_word(comparisons), "rule": RULE, "threshold": 0.0},
         "claims": _claims(arms),
         "notes": _notes(config, folder, seeds, arms),
-        "timings": timings,
+        "timings": _timings(folder, seeds),
     }
 
 
@@ -376,6 +369,30 @@ def _reward_models(folder: Path, seeds: Sequence[int]) -> dict[str, list[Any]]:
     }
 
 
+def _timings(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, list[Any]]]:
+    """Seconds and peak memory per stage and seed; `judge` is the evaluation of trained arms."""
+    timings: dict[str, dict[str, list[Any]]] = {"seconds": {}, "peak_mib": {}}
+    for seed in seeds:
+        costs: dict[str, Mapping[str, Any]] = {}
+        for stage, name in (("pairs", "pairs.json"), ("rm", "rm/final/facts.json")):
+            path = folder / "stages" / f"s{seed}" / name
+            costs[stage] = json.loads(path.read_text(encoding="utf-8"))
+        judges = []
+        for arm in ARMS:
+            costs[arm] = _read(folder, arm, seed, "judged.json")["timings"]
+            if arm in STAGES:
+                judges.append(costs[arm]["judge"])
+        peaks = [judge["peak_mib"] for judge in judges if judge["peak_mib"] is not None]
+        costs["judge"] = {
+            "seconds": sum(judge["seconds"] for judge in judges),
+            "peak_mib": max(peaks, default=None),
+        }
+        for stage, cost in costs.items():
+            for name, table in timings.items():
+                table.setdefault(stage, []).append(cost[name])
+    return timings
+
+
 def _notes(
     config: Config,
     folder: Path,
@@ -385,7 +402,8 @@ def _notes(
     from experiments.lab.presets import SCALES
 
     notes = [
-        "Peak memory is that of the worker process up to the end of the stage.",
+        "Peak memory is the resident set of the worker process during the stage, with the about "
+        "500 MiB that its libraries take; seconds are those of all starts of a stage.",
         "The KL of best-of-n is the bound ln n - (n - 1) / n, not a sample.",
         "Few-shot is the base model with worked examples in its prompt; its proxy reward and KL "
         "read the same answer behind the plain prompt.",
@@ -543,9 +561,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parsed = parse(Config, arguments, prog="python -m experiments.compare", description=QUESTION)
     config = parsed.config
+    given = {k for k, v in parsed.origins.items() if v != "built-in"}
     if config.resume is not None:
-        config = _as_stored(config, given={k for k, v in parsed.origins.items() if v != "built-in"})
+        config = _as_stored(config, given=given)
     if config.tune:
+        _refuse_idle_with_tune(given)
         from experiments.lab.tuning import tune
 
         folder = config.out or Path("results") / EXPERIMENT / f"tuning-{config.peft}"
@@ -558,6 +578,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         run(config)
     return 0
+
+
+def _refuse_idle_with_tune(given: Collection[str]) -> None:
+    from moe.errors import UserError
+
+    for name in ("seeds", "mirror"):
+        if name in given:
+            raise UserError(
+                f"--{name} has no effect with --tune, which runs its own seed and mirrors nothing: "
+                "leave it out."
+            )
 
 
 def _as_stored(config: Config, *, given: Collection[str]) -> Config:

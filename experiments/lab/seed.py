@@ -6,10 +6,8 @@ and filled strictly, so that a file of another shape is refused rather than half
 
 import copy
 import json
-import resource
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import nn
 
 from experiments.lab import tales
 from experiments.lab.corpus import pretraining_documents
+from experiments.lab.meter import Meter, metered
 from experiments.lab.presets import DPOArm, PPOArm, Scale
 from moe import MoEConfig, MoEForCausalLM
 from rlhf.reference import FrozenAdapter, FrozenCopy, Reference
@@ -178,13 +177,21 @@ class Seed:
         ) as tracker:
             yield tracker
 
-    def trainer_options(self, job: str, tracker: Tracker) -> dict[str, Any]:
+    def metered(self, stage: str) -> AbstractContextManager[Meter]:
+        """Seconds and memory of a stage, over all its starts."""
+        return metered(self.folder / stage / "meter.json")
+
+    def trainer_options(self, job: str, tracker: Tracker, meter: Meter) -> dict[str, Any]:
+        def tell(step: int, total: int) -> None:
+            meter.tick()
+            self.progress(job, step, total)
+
         return {
             "folder": self.folder / job,
             "stage": job,
             "tracker": tracker,
             "fingerprints": {"scale": config_hash(asdict(self.scale))},
-            "on_progress": lambda step, total: self.progress(job, step, total),
+            "on_progress": tell,
         }
 
 
@@ -192,23 +199,6 @@ def _resume_steps(folder: Path, stage: str) -> dict[str, int]:
     """How far this stage's metrics count: to its newest checkpoint, else not at all."""
     newest, _ = newest_checkpoint(folder)
     return {stage: int(newest.name.rpartition("-")[2]) if newest else 0}
-
-
-@dataclass
-class Meter:
-    """Seconds and peak memory of a stage; outside the identity of a run."""
-
-    start: float
-    seconds: float = 0.0
-    peak_mib: float = 0.0
-
-
-@contextmanager
-def metered() -> Iterator[Meter]:
-    meter = Meter(start=time.perf_counter())
-    yield meter
-    meter.seconds = time.perf_counter() - meter.start
-    meter.peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def pretraining_rows(seed: Seed, *, split: Any = "train", count: int) -> Any:

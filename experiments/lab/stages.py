@@ -23,7 +23,7 @@ from experiments.lab.evaluation import (
 from experiments.lab.gold import GoldReward, label_pairs
 from experiments.lab.judging import show_samples, show_stage
 from experiments.lab.presets import DPOArm, PPOArm
-from experiments.lab.seed import Seed, metered, pretraining_rows
+from experiments.lab.seed import Seed, pretraining_rows
 from rlhf.dpo import DPOTrainer
 from rlhf.kl import FixedKL
 from rlhf.losses.dpo import DPOLoss
@@ -79,18 +79,18 @@ def pretrain(seed: Seed) -> None:
         keep_checkpoints=1,
     )
     model = seed.fresh_model()
-    with metered() as meter, seed.tracked("base", "pretrain") as tracker:
+    with seed.metered("pretrain") as meter, seed.tracked("base", "pretrain") as tracker:
         trainer = SFTTrainer(
             model,
             settings,
             rows=rows,
             collator=SupervisedCollator(seed.text_path().pad_id),
-            **seed.trainer_options("pretrain", tracker),
+            **seed.trainer_options("pretrain", tracker, meter),
         )
         trainer.fit(resume=True)
         show_stage(seed, "base", model, tracker)
     tokens = settings.max_steps * settings.batch_size * scale.block
-    seed.save("base", model, {"notes": notes, "tokens_trained": tokens, "seconds": meter.seconds})
+    seed.save("base", model, {"notes": notes, "tokens_trained": tokens, **meter.facts()})
 
 
 def supervised_finetune(seed: Seed) -> None:
@@ -111,18 +111,18 @@ def supervised_finetune(seed: Seed) -> None:
     balance = BalancePolicy.of_model(model)
     if seed.lora:
         model = add_lora(model, seed.lora, name="sft")
-    with metered() as meter, seed.tracked("sft", "sft") as tracker:
+    with seed.metered("sft") as meter, seed.tracked("sft", "sft") as tracker:
         SFTTrainer(
             model,
             settings,
             rows=rows,
             collator=SupervisedCollator(text_path.pad_id),
             balance=balance,
-            **seed.trainer_options("sft", tracker),
+            **seed.trainer_options("sft", tracker, meter),
         ).fit(resume=True)
         show_stage(seed, "sft", model, tracker)
     tokens = _tokens(rows, settings)
-    seed.save("sft", model, {"tokens_trained": tokens, "seconds": meter.seconds})
+    seed.save("sft", model, {"tokens_trained": tokens, **meter.facts()})
 
 
 def _tokens(rows: Sequence[Any], settings: TrainSettings) -> int:
@@ -140,45 +140,48 @@ def collect_pairs(seed: Seed) -> None:
     path = seed.folder / "pairs.json"
     if path.is_file():
         return
-    scale, text_path = seed.scale, seed.text_path()
-    prompts = tales.prompts(seed.seed, scale.num_pair_prompts, split="train")
-    model = seed.sft()
-    drawn = []
-    for side in ("a", "b"):
-        rollouts = draw_completions(
-            model,
-            prompts,
-            text_path,
-            max_new_tokens=scale.max_new_tokens,
-            seed=seed.seed,
-            purpose=f"pairs-{side}",
-        )
-        ids = completion_ids(rollouts)
-        ended = [bool(e) for r in rollouts for e in r.ended_B]
-        drawn.append((ids, ended))
-        seed.progress("pairs", 1 + (side == "b"), 2)
-    gold = GoldReward()
+    prompts = tales.prompts(seed.seed, seed.scale.num_pair_prompts, split="train")
+    with seed.metered("pairs") as meter:
+        drawn = _draw_both_sides(seed, prompts)
+    gold, text_path = GoldReward(), seed.text_path()
     scores = [
-        [gold(text_path.decode(row).strip(), ended=end) for row, end in zip(*side, strict=True)]
-        for side in drawn
+        [gold(text_path.decode(row).strip(), ended=end) for row, end in side] for side in drawn
     ]
     rng = tales.seeded(seed.seed, "labels")
-    chosen_a = label_pairs(*scores, rng=rng, temperature=scale.label_temperature)
+    chosen_a = label_pairs(*scores, rng=rng, temperature=seed.scale.label_temperature)
     pairs = [
         {"prompt": prompt, "chosen": a if first else b, "rejected": b if first else a}
-        for prompt, a, b, first in zip(prompts, drawn[0][0], drawn[1][0], chosen_a, strict=True)
+        for prompt, (a, _), (b, _), first in zip(prompts, *drawn, chosen_a, strict=True)
         if a != b
     ]
-    tokens = sum(len(row) for ids, _ in drawn for row in ids)
     agree = [first == (x > y) for first, x, y in zip(chosen_a, *scores, strict=True) if x != y]
     write_json_atomic(
         path,
         {
             "pairs": pairs,
-            "tokens_generated": tokens,
+            "tokens_generated": sum(len(row) for side in drawn for row, _ in side),
             "label_accuracy": sum(agree) / max(len(agree), 1),
+            **meter.facts(),
         },
     )
+
+
+def _draw_both_sides(seed: Seed, prompts: list[str]) -> list[list[tuple[list[int], bool]]]:
+    """Two sides of (token ids, whether it ended) for each prompt, by the SFT policy."""
+    model, drawn = seed.sft(), []
+    for place, side in enumerate(("a", "b")):
+        rollouts = draw_completions(
+            model,
+            prompts,
+            seed.text_path(),
+            max_new_tokens=seed.scale.max_new_tokens,
+            seed=seed.seed,
+            purpose=f"pairs-{side}",
+        )
+        ended = [bool(e) for r in rollouts for e in r.ended_B]
+        drawn.append(list(zip(completion_ids(rollouts), ended, strict=True)))
+        seed.progress("pairs", 1 + place, 2)
+    return drawn
 
 
 def pair_rows(seed: Seed) -> tuple[list[Any], list[Any]]:
@@ -217,14 +220,14 @@ def train_reward_model(seed: Seed) -> None:
     )
     model = seed.reward_model()
     collator = PreferenceCollator(text_path.pad_id)
-    with metered() as meter, seed.tracked("rm", "rm") as tracker:
+    with seed.metered("rm") as meter, seed.tracked("rm", "rm") as tracker:
         RewardTrainer(
             model,
             settings,
             rows=train,
             collator=collator,
             balance=BalancePolicy.of_model(model),
-            **seed.trainer_options("rm", tracker),
+            **seed.trainer_options("rm", tracker, meter),
         ).fit(resume=True)
         show_stage(seed, "rm", model, tracker)
         held_out = [collator(val[i : i + 64]) for i in range(0, len(val), 64)]
@@ -240,7 +243,7 @@ def train_reward_model(seed: Seed) -> None:
         "accuracy": accuracy.accuracy,
         "accuracy_interval95": [accuracy.low, accuracy.high],
         "num_val_pairs": accuracy.num_pairs,
-        "seconds": meter.seconds,
+        **meter.facts(),
     }
     seed.save("rm", model, facts)
 
@@ -308,7 +311,7 @@ def train_dpo(seed: Seed, arm: DPOArm, *, name: str = "dpo") -> None:
         rows=len(train), batch=arm.batch_size, epochs=arm.epochs, lr=arm.lr, seed=seed.seed
     )
     policy, reference = seed.policy_and_reference()
-    with metered() as meter, seed.tracked(name, name) as tracker:
+    with seed.metered(name) as meter, seed.tracked(name, name) as tracker:
         trainer = DPOTrainer(
             policy,
             settings,
@@ -316,7 +319,7 @@ def train_dpo(seed: Seed, arm: DPOArm, *, name: str = "dpo") -> None:
             loss=DPOLoss(beta=arm.beta),
             rows=train,
             collator=PreferenceCollator(text_path.pad_id),
-            **seed.trainer_options(name, tracker),
+            **seed.trainer_options(name, tracker, meter),
         )
         watch_frontier(seed, trainer, policy, reference, name=name)
         trainer.fit(resume=True)
@@ -329,8 +332,7 @@ def train_dpo(seed: Seed, arm: DPOArm, *, name: str = "dpo") -> None:
     facts = {
         "tokens_generated": 0,
         "tokens_trained": round(sum(lengths) / len(lengths) * seen),
-        "seconds": meter.seconds,
-        "peak_mib": meter.peak_mib,
+        **meter.facts(),
     }
     seed.save(name, policy, facts)
 
@@ -354,7 +356,7 @@ def train_ppo(seed: Seed, arm: PPOArm, *, name: str = "ppo") -> None:
         keep_checkpoints=1,
     )
     policy, reference = seed.policy_and_reference()
-    with metered() as meter, seed.tracked(name, name) as tracker:
+    with seed.metered(name) as meter, seed.tracked(name, name) as tracker:
         trainer = PPOTrainer(
             policy,
             settings,
@@ -366,7 +368,7 @@ def train_ppo(seed: Seed, arm: PPOArm, *, name: str = "ppo") -> None:
             kl_controller=FixedKL(arm.kl_coef),
             pad_id=text_path.pad_id,
             stop_ids=text_path.stop_ids,
-            **seed.trainer_options(name, tracker),
+            **seed.trainer_options(name, tracker, meter),
         )
         watch_frontier(seed, trainer, policy, reference, name=name)
         trainer.fit(resume=True)
@@ -375,7 +377,6 @@ def train_ppo(seed: Seed, arm: PPOArm, *, name: str = "ppo") -> None:
     facts = {
         "tokens_generated": trainer.tokens_generated,
         "tokens_trained": trainer.tokens_generated * ppo.epochs,
-        "seconds": meter.seconds,
-        "peak_mib": meter.peak_mib,
+        **meter.facts(),
     }
     seed.save(name, policy, facts)

@@ -125,3 +125,18 @@ def test_the_verdict_follows_its_rule(words: list[str], expected: str) -> None:
 def test_options_that_contradict_each_other_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         small(Path("unused"), **changes)
+
+
+@pytest.mark.parametrize("option", ["--seeds=3", "--mirror=none"])
+def test_tuning_refuses_what_it_would_ignore(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--tune", option]) == 2
+    assert "no effect with --tune" in capsys.readouterr().err
+
+
+def test_every_stage_has_its_own_seconds_and_memory(finished: Path) -> None:
+    timings = json.loads((finished / "summary.json").read_text("utf-8"))["timings"]
+    stages = {*ARMS, "pairs", "rm", "judge"}
+    assert set(timings["seconds"]) == set(timings["peak_mib"]) == stages
+    assert all(value > 0.0 for values in timings["seconds"].values() for value in values)
