@@ -14,13 +14,19 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moe.config import MoEConfig
+from moe.norm import RMSNorm
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines of rotary positions (Su et al. 2021), computed in float32."""
+    """Cosines and sines of rotary positions (Su et al. 2021), computed in float32.
+
+    The stretched forms (linear, llama3, yarn) are Hugging Face's functions of the configuration:
+    they change the frequencies, and yarn multiplies cosine and sine by `attention_scaling`.
+    """
 
     inv_freq: Tensor
 
@@ -28,15 +34,21 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         assert config.head_dim is not None
         parameters = config.rope_parameters or {}
-        theta = parameters.get("rope_theta", 10000.0)
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        self.register_buffer("inv_freq", 1.0 / theta**exponent, persistent=False)
+        kind = parameters.get("rope_type", "default")
+        self.attention_scaling = 1.0
+        if kind == "default":
+            theta = parameters.get("rope_theta", 10000.0)
+            exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+            inv_freq = 1.0 / theta**exponent
+        else:
+            inv_freq, self.attention_scaling = ROPE_INIT_FUNCTIONS[kind](config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(self, position_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Two (B, S, N) float32 tensors; the N/2 angles are repeated for the two halves."""
         angle = position_BS[..., None].float() * self.inv_freq.float()
         angle = torch.cat((angle, angle), dim=-1)
-        return angle.cos(), angle.sin()
+        return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
 
 
 def rotate(x_BHSN: Tensor, cos_BSN: Tensor, sin_BSN: Tensor) -> Tensor:
@@ -92,10 +104,19 @@ class GroupedQueryAttention(nn.Module):
         self.is_causal = True
         width, query_width = config.hidden_size, config.num_attention_heads * self.head_dim
         kv_width = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(width, query_width, bias=False)
-        self.k_proj = nn.Linear(width, kv_width, bias=False)
-        self.v_proj = nn.Linear(width, kv_width, bias=False)
-        self.o_proj = nn.Linear(query_width, width, bias=False)
+        qkv_bias = config.qkv_bias or config.attention_bias
+        self.q_proj = nn.Linear(width, query_width, bias=qkv_bias)
+        self.k_proj = nn.Linear(width, kv_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(width, kv_width, bias=qkv_bias)
+        self.o_proj = nn.Linear(query_width, width, bias=config.attention_bias)
+        self.clip = config.clip_qkv
+        self.norms_each_head = config.qk_norm == "head"
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm is not None:
+            each, eps = self.head_dim, config.rms_norm_eps
+            self.q_norm = RMSNorm(each if self.norms_each_head else query_width, eps)
+            self.k_norm = RMSNorm(each if self.norms_each_head else kv_width, eps)
 
     def forward(
         self,
@@ -106,10 +127,9 @@ class GroupedQueryAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) to (B, S, D), and the probabilities where the backend gives them."""
-        split = "b s (h n) -> b h s n"
-        query = rearrange(self.q_proj(hidden_states), split, n=self.head_dim)
-        key = rearrange(self.k_proj(hidden_states), split, n=self.head_dim)
-        value = rearrange(self.v_proj(hidden_states), split, n=self.head_dim)
+        query = self._heads(self.q_proj(hidden_states), self.q_norm)
+        key = self._heads(self.k_proj(hidden_states), self.k_norm)
+        value = self._heads(self.v_proj(hidden_states))
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -128,3 +148,12 @@ class GroupedQueryAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(rearrange(out_BSHN, "b s h n -> b s (h n)")), probability
+
+    def _heads(self, projected: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """Normalised, clipped and split: (B, S, heads * N) to (B, heads, S, N)."""
+        if norm is not None and not self.norms_each_head:
+            projected = norm(projected)
+        split = rearrange(projected, "b s (h n) -> b h s n", n=self.head_dim)
+        if norm is not None and self.norms_each_head:
+            split = norm(split)
+        return split if self.clip is None else split.clamp(-self.clip, self.clip)

@@ -87,3 +87,16 @@ def z_loss(routing: Routing) -> Tensor:
 def mean_over_layers(values: Sequence[Tensor]) -> Tensor:
     """The model's value is the mean over layers, so a coefficient means the same at any depth."""
     return torch.stack(list(values)).mean()
+
+
+def balance_values(
+    sums_L: Sequence[BalanceSums], *, fraction_LE: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(load-balancing value, z-value) of the model from the sums of its layers, 0-dim each.
+
+    fraction_LE: f of each layer from a wider scope than these sums; default from the sums.
+    """
+    fraction_L = [None] * len(sums_L) if fraction_LE is None else list(fraction_LE)
+    pairs = zip(sums_L, fraction_L, strict=True)
+    balance = [load_balancing_value(sums, fraction_E=fraction_E) for sums, fraction_E in pairs]
+    return mean_over_layers(balance), mean_over_layers([z_value(sums) for sums in sums_L])

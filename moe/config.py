@@ -17,6 +17,23 @@ from moe.routing import RouterSpec
 
 WINDOW_LETTERS = {"S": "sliding_attention", "L": "full_attention"}
 FFN_KINDS = ("sparse", "dense")
+# Stretched rotary frequencies that do not depend on the text at hand, and the keys they need.
+# "dynamic" and "longrope" do: a token's output would change with the longest row of its batch.
+ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+# Normalised queries and keys need other cuts under tensor parallelism: a norm over the whole
+# projection needs it whole, one per head is the same on every device.
+QK_NORM_PLANS = {
+    "projection": {
+        **{f"layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "qkv"},
+        "layers.*.self_attn.o_proj": "rowwise_split_input",
+    },
+    "head": {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"},
+}
 
 
 @strict
@@ -26,7 +43,12 @@ class MoEConfig(PreTrainedConfig):
     `window_pattern` is read cyclically over the layers, "S" a sliding window of `sliding_window`
     tokens (the token itself included), "L" the whole past: "SSSL" is three short, one long.
     `mlp_layer_types` names each layer "sparse" or "dense" (default: all sparse).
-    `moe_intermediate_size` is the width F of one expert, `intermediate_size` that of a dense FFN.
+    `moe_intermediate_size` is the width F of one expert, `intermediate_size` that of a dense FFN,
+    `shared_expert_intermediate_size` that of an expert which every token passes (None: there is
+    none).
+    `attention_bias` puts biases on q, k, v and o, `qkv_bias` on the first three, `mlp_bias` on the
+    dense FFNs. `qk_norm` normalises queries and keys before the rotation, "head" each head (Qwen3)
+    or "projection" all heads together (OLMoE); `clip_qkv` then cuts q, k and v to +- its value.
 
     Raises `UserError` naming both values when two fields contradict each other.
     """
@@ -63,9 +85,15 @@ class MoEConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     mlp_layer_types: list[str] | None = None
     attention_dropout: float | int = 0.0
+    attention_bias: bool = False
+    qkv_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str | None = None
+    clip_qkv: float | int | None = None
     num_experts: int = 8
     num_experts_per_tok: int = 2
     norm_topk_prob: bool = True
+    shared_expert_intermediate_size: int | None = None
     capacity_factor: float | int | None = None
     load_balancing_coef: float | int = 0.01
     z_loss_coef: float | int = 0.001
@@ -91,6 +119,10 @@ class MoEConfig(PreTrainedConfig):
             self.layer_types = self._layer_types(pattern)
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
+        self._check_rope()  # before the parent, which fails on a missing key without naming it
+        if self.qk_norm in QK_NORM_PLANS:
+            plan = {**type(self).base_model_tp_plan, **QK_NORM_PLANS[self.qk_norm]}
+            self.base_model_tp_plan = plan
         super().__post_init__(**kwargs)
         self._check()  # after the names that HF maps onto ours (num_local_experts) are in place
 
@@ -112,6 +144,53 @@ class MoEConfig(PreTrainedConfig):
     def _layer_types(self, pattern: str) -> list[str]:
         letters = (pattern * self.num_hidden_layers)[: self.num_hidden_layers]
         return [WINDOW_LETTERS.get(letter, letter) for letter in letters]
+
+    def _check_rope(self) -> None:
+        rope: Any = self.rope_parameters or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ROPE_KEYS:
+            raise UserError(
+                f"rope_parameters {dict(rope)}: rope_type {kind!r} cannot be built, only "
+                f"{', '.join(ROPE_KEYS)}, whose angles depend on the position alone."
+            )
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise UserError(
+                f"partial_rotary_factor {rope['partial_rotary_factor']} cannot be built: the whole "
+                "head is rotated; leave it out."
+            )
+        for key in ROPE_KEYS[kind]:
+            if not isinstance(rope.get(key), int | float):
+                raise UserError(
+                    f"rope_parameters {dict(rope)} of rope_type {kind!r} need a number {key!r}."
+                )
+
+    def _check_parts(self) -> None:
+        """What the parts that only some families have may be."""
+        if self.qk_norm is not None and self.qk_norm not in QK_NORM_PLANS:
+            raise UserError(
+                f"qk_norm {self.qk_norm!r} is unknown: give one of {', '.join(QK_NORM_PLANS)}, or "
+                "None."
+            )
+        if self.clip_qkv is not None and not self.clip_qkv > 0:
+            raise UserError(f"clip_qkv {self.clip_qkv} must be above 0, or None.")
+        if self.qkv_bias and self.attention_bias:
+            raise UserError(
+                "qkv_bias True has no effect with attention_bias True, which has those biases "
+                "already: give one of them."
+            )
+        kinds = self.mlp_layer_types or []
+        if self.mlp_bias and "dense" not in kinds:
+            raise UserError(
+                f"mlp_bias True has no effect: no layer of mlp_layer_types {kinds} is dense, and "
+                "experts have no biases."
+            )
+        shared = self.shared_expert_intermediate_size
+        if shared is not None and (shared < 1 or "sparse" not in kinds):
+            raise UserError(
+                f"shared_expert_intermediate_size {shared} must be at least 1 and needs a sparse "
+                f"layer, and mlp_layer_types is {kinds}: change one, or give None for no shared "
+                "expert."
+            )
 
     def _check(self) -> None:
         def positive(name: str) -> None:
@@ -163,12 +242,7 @@ class MoEConfig(PreTrainedConfig):
             )
         if self.hidden_act != "silu":
             raise UserError(f"hidden_act {self.hidden_act!r} has no effect: experts are 'silu'.")
-        rope: Any = self.rope_parameters or {}
-        if rope.get("rope_type", "default") != "default" or "partial_rotary_factor" in rope:
-            raise UserError(
-                f"rope_parameters {dict(rope)} would have no effect: only rope_type 'default' over "
-                "the whole head is built; set rope_theta alone."
-            )
+        self._check_parts()
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise UserError(
                 f"pad_token_id {self.pad_token_id} is not an id below vocab_size {self.vocab_size}."

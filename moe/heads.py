@@ -38,8 +38,15 @@ def last_real_position(attention_mask_BS: Tensor) -> Tensor:
     return torch.where(attention_mask_BS.bool(), places, -1).amax(dim=1).clamp(min=0)
 
 
+@torch.no_grad()
+def init_scalar_head(head: nn.Linear) -> None:
+    """N(0, 1/sqrt(D+1)) and bias 0 (Stiennon et al. 2020); what a file gave stays as it is."""
+    init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    init.zeros_(head.bias)
+
+
 class _ScalarHead(MoEPreTrainedModel):
-    """Backbone and one linear unit; N(0, 1/sqrt(D+1)), bias 0 (Stiennon et al. 2020)."""
+    """Backbone and one linear unit, which starts as `init_scalar_head` says."""
 
     def __init__(self, config: MoEConfig) -> None:
         config = copy.deepcopy(config)  # the caller's stays as it is
@@ -53,8 +60,7 @@ class _ScalarHead(MoEPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is getattr(self, "score", None):
-            init.normal_(self.score.weight, std=(self.config.hidden_size + 1) ** -0.5)
-            init.zeros_(self.score.bias)
+            init_scalar_head(self.score)
 
     def token_scores(self, input_ids: Tensor | None, **kwargs: Any) -> Tensor:
         """One scalar per token, (B, S), float32."""

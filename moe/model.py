@@ -6,7 +6,7 @@ routing decisions to whoever records (`moe.record`); the model keeps none.
 Shapes: B batch, S sequence, D width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,40 +20,16 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.utils import can_return_tuple
 
 from moe.attention import GroupedQueryAttention, RotaryEmbedding
-from moe.balance import balance_sums, load_balancing_value, mean_over_layers, z_value
+from moe.balance import balance_sums, balance_values
 from moe.config import MoEConfig
+from moe.dense_ffn import DenseFFN
 from moe.errors import UserError
 from moe.experts import FusedExperts
+from moe.norm import RMSNorm
 from moe.routing import Routing
 from moe.switch_ffn import SwitchFFN
 
 RoutingSink = Callable[[Tensor, Tensor, tuple[Routing, ...]], None]
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang and Sennrich 2019), the mean square in float32."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = nn.functional.rms_norm(x.float(), self.weight.shape, eps=self.eps)
-        return self.weight * normed.to(x.dtype)
-
-
-class DenseFFN(nn.Module):
-    """One SwiGLU FFN (Shazeer 2020) for the layers without experts."""
-
-    def __init__(self, config: MoEConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -72,9 +48,10 @@ class DecoderLayer(GradientCheckpointingLayer):
                 config.router_spec,
                 hidden_size=config.hidden_size,
                 intermediate_size=config.moe_intermediate_size,
+                shared_intermediate_size=config.shared_expert_intermediate_size,
             )
         else:
-            self.mlp = DenseFFN(config)
+            self.mlp = DenseFFN(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -337,9 +314,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
     def balance_penalty(self, routings: tuple[Routing, ...]) -> Tensor:
         """Coefficient-weighted balance and z-loss of one micro-batch, means over the MoE layers."""
-        sums = [balance_sums(routing) for routing in routings]
-        balance = mean_over_layers([load_balancing_value(s) for s in sums])
-        z = mean_over_layers([z_value(s) for s in sums])
+        balance, z = balance_values([balance_sums(routing) for routing in routings])
         return self.config.load_balancing_coef * balance + self.config.z_loss_coef * z
 
     @staticmethod
@@ -353,3 +328,25 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         here = (target_BS != -100).sum()
         items = here.clamp(min=1) if num_items is None else num_items
         return total / items, here / items
+
+
+def meta_causal_lm(config: MoEConfig) -> MoEForCausalLM:
+    """The model without memory: its names and shapes."""
+    with torch.device("meta"):
+        return MoEForCausalLM(config)
+
+
+def assembled(config: MoEConfig, tensors: Mapping[str, Tensor]) -> MoEForCausalLM:
+    """The model of these tensors, in eval mode; none is initialised only to be overwritten.
+
+    tensors: every parameter by name, in one dtype; a tied head counts as the embedding.
+    """
+    model = meta_causal_lm(config)
+    names = dict(model.named_parameters()).keys()
+    assert names == tensors.keys(), sorted(names ^ tensors.keys())
+    model.load_state_dict(dict(tensors), strict=False, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = RotaryEmbedding(config)  # its buffer is computed, not stored
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    config.dtype = model.dtype
+    return model.eval()

@@ -29,7 +29,7 @@ def logged() -> set[str]:
     stats = (ROOT / "moe" / "stats.py").read_text(encoding="utf-8")
     measures = stats.split("measures = {")[1].split("}")[0]
     keys |= {f"router/{name}" for name in re.findall(r'"([a-z_]+)":', measures)}
-    methods = (ROOT / "rlhf" / "methods.py").read_text(encoding="utf-8")
+    methods = (ROOT / "rlhf" / "method_ppo.py").read_text(encoding="utf-8")
     (names,) = re.findall(r"names = (\([^)]*\))\n.*?eval/\{n\}", methods, flags=re.DOTALL)
     keys |= {f"eval/{name}" for name in re.findall(r'"([a-z_]+)"', names)}
     return keys - PIECES

@@ -103,8 +103,22 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"capacity_factor": 0.0}, ["capacity_factor 0.0", "above 0", "None"]),
     ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "no effect", "silu"]),
     (
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-        ["'linear'", "no effect", "default"],
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        ["'dynamic'", "default, linear, llama3, yarn"],
+    ),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["'linear'", "'factor'"]),
+    (
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        ["partial_rotary_factor 0.5", "whole head"],
+    ),
+    ({"qk_norm": "row"}, ["qk_norm 'row'", "projection, head"]),
+    ({"clip_qkv": 0.0}, ["clip_qkv 0.0", "above 0"]),
+    ({"qkv_bias": True, "attention_bias": True}, ["qkv_bias", "attention_bias", "one of them"]),
+    ({"mlp_bias": True}, ["mlp_bias", "no effect", "dense"]),
+    ({"shared_expert_intermediate_size": 0}, ["shared_expert_intermediate_size 0", "at least 1"]),
+    (
+        {"shared_expert_intermediate_size": 8, "mlp_layer_types": ["dense"] * 4},
+        ["shared_expert_intermediate_size 8", "needs a sparse layer"],
     ),
 ]
 
