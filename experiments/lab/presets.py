@@ -43,10 +43,15 @@ class BestOfNArm:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraArms:
-    """What differs under adapters: they start at zero and want other learning rates."""
+    """What differs under adapters: they start at zero, want other rates and more steps.
+
+    With the epochs of full updates they stop half-way: results/compare/tuning-lora8-steps.
+    """
 
     sft_lr: float
+    sft_epochs: float
     rm_lr: float
+    rm_epochs: float
     dpo: DPOArm
     ppo: PPOArm
 
@@ -156,9 +161,11 @@ LAPTOP = Scale(
     best_of_n=BestOfNArm(n=32),
     lora=LoraArms(
         sft_lr=8e-3,
+        sft_epochs=6.0,
         rm_lr=2e-3,
-        dpo=DPOArm(beta=0.3, lr=6e-4, epochs=1.0, batch_size=32),
-        ppo=PPOArm(kl_coef=0.2, lr=1e-3, updates=40, episodes=64, epochs=2, minibatches=2),
+        rm_epochs=6.0,
+        dpo=DPOArm(beta=0.3, lr=1e-3, epochs=3.0, batch_size=32),
+        ppo=PPOArm(kl_coef=0.1, lr=2e-3, updates=40, episodes=64, epochs=2, minibatches=2),
     ),
 )
 
@@ -200,7 +207,9 @@ DEBUG = Scale(
     best_of_n=BestOfNArm(n=2),
     lora=LoraArms(
         sft_lr=4e-3,
+        sft_epochs=1.0,
         rm_lr=2e-3,
+        rm_epochs=1.0,
         dpo=DPOArm(beta=0.1, lr=6e-4, epochs=3.0, batch_size=8),
         ppo=PPOArm(kl_coef=0.05, lr=6e-4, updates=3, episodes=8, epochs=1, minibatches=2),
     ),

@@ -77,6 +77,14 @@ class Seed:
         return self.scale.lora.sft_lr if self.lora_rank else self.scale.sft_lr
 
     @property
+    def sft_epochs(self) -> float:
+        return self.scale.lora.sft_epochs if self.lora_rank else self.scale.sft_epochs
+
+    @property
+    def rm_epochs(self) -> float:
+        return self.scale.lora.rm_epochs if self.lora_rank else self.scale.rm_epochs
+
+    @property
     def rm_lr(self) -> float:
         return self.scale.lora.rm_lr if self.lora_rank else self.scale.rm_lr
 

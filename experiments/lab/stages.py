@@ -103,7 +103,7 @@ def supervised_finetune(seed: Seed) -> None:
     settings = scale.train(
         rows=len(rows),
         batch=scale.sft_batch,
-        epochs=scale.sft_epochs,
+        epochs=seed.sft_epochs,
         lr=seed.sft_lr,
         seed=seed.seed,
     )
@@ -214,7 +214,7 @@ def train_reward_model(seed: Seed) -> None:
     settings = scale.train(
         rows=len(train),
         batch=scale.rm_batch,
-        epochs=scale.rm_epochs,
+        epochs=seed.rm_epochs,
         lr=seed.rm_lr,
         seed=seed.seed,
     )

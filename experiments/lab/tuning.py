@@ -28,26 +28,26 @@ TUNING_SEED = 9001
 MAX_PERPLEXITY_RATIO = 1.5
 NUM_PROMPTS = 128
 
+# (beta, lr) and (KL coefficient, lr).
+FULL_DPO = ((0.1, 1e-4), (0.1, 3e-4), (0.3, 3e-4), (0.3, 6e-4))
+LORA_DPO = ((0.1, 1e-3), (0.1, 3e-3), (0.3, 1e-3), (0.3, 3e-3))
+FULL_PPO = ((0.1, 2e-4), (0.2, 3e-4), (0.2, 5e-4), (0.3, 5e-4))
+LORA_PPO = ((0.1, 1e-3), (0.2, 1e-3), (0.1, 2e-3), (0.2, 2e-3))
+
 Arm = DPOArm | PPOArm | BestOfNArm
 
 
 def trials(scale: Scale, *, lora: bool = False) -> dict[str, tuple[Arm, ...]]:
-    """The settings that are tried; as many for each method. PPO's adapters take twice the lr."""
+    """The settings that are tried; as many for each method. Adapters take more steps, higher lr."""
     dpo, ppo = scale.dpo, scale.ppo
-    twice = 2.0 if lora else 1.0
+    if lora:
+        dpo = replace(dpo, epochs=3 * scale.dpo.epochs)
+        tried_dpo, tried_ppo = LORA_DPO, LORA_PPO
+    else:
+        tried_dpo, tried_ppo = FULL_DPO, FULL_PPO
     return {
-        "dpo": (
-            replace(dpo, beta=0.1, lr=1e-4),
-            replace(dpo, beta=0.1, lr=3e-4),
-            replace(dpo, beta=0.3, lr=3e-4),
-            replace(dpo, beta=0.3, lr=6e-4),
-        ),
-        "ppo": (
-            replace(ppo, kl_coef=0.1, lr=twice * 2e-4),
-            replace(ppo, kl_coef=0.2, lr=twice * 3e-4),
-            replace(ppo, kl_coef=0.2, lr=twice * 5e-4),
-            replace(ppo, kl_coef=0.3, lr=twice * 5e-4),
-        ),
+        "dpo": tuple(replace(dpo, beta=beta, lr=lr) for beta, lr in tried_dpo),
+        "ppo": tuple(replace(ppo, kl_coef=coef, lr=lr) for coef, lr in tried_ppo),
         "best_of_n": tuple(BestOfNArm(n=n) for n in (4, 8, 16, 32)),
     }
 
