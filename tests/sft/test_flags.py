@@ -9,7 +9,8 @@ from typing import Any, Literal
 import pytest
 
 from moe.errors import UserError
-from sft.flags import Parsed, main_guard, no_such_file, parse
+from sft.flags import Parsed, main_guard, parse
+from sft.yaml_layer import no_such_file
 
 
 def field(default: Any, text: str = "") -> Any:
@@ -112,7 +113,7 @@ def test_a_flag_is_read_by_the_type_of_its_field(argv: list[str], name: str, val
         (["--seeds", "0", "one"], "--seeds: 'one' is not an integer."),
         (["--lr", "nan"], "--lr: 'nan' is not a number."),
         (["--packing=maybe"], "--packing: 'maybe' is not true or false."),
-        (["--window", "1"], "--window: '1' is not a list of 2 values."),
+        (["--window", "1"], "--window: '1' is not of the form INT INT."),
         (
             ["--balance", "sequense"],
             "--balance: 'sequense' is not one of off, micro_batch, sequence. "
@@ -125,7 +126,8 @@ def test_a_flag_is_read_by_the_type_of_its_field(argv: list[str], name: str, val
         (["--lora-r", "5", "--lora-rank", "6"], "--lora-rank is given twice; give it once."),
         (
             ["--lr", "1", "2"],
-            "Unexpected value '2' after --lr, which takes no more. Options begin with --.",
+            "Unexpected value '2': an option's name begins with --, and only a list takes more "
+            "than one value.",
         ),
         (["--no-packing=1"], "--no-packing takes no value; write --no-packing or --packing."),
         (["--preset", "smoke"], "Unknown option --preset. See python -m sft.train --help."),
@@ -133,6 +135,31 @@ def test_a_flag_is_read_by_the_type_of_its_field(argv: list[str], name: str, val
 )
 def test_a_mistake_gets_one_sentence(argv: list[str], message: str) -> None:
     assert error_of(*argv) == message
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "-x"], "--model needs a value."),
+        (["--lr", "--", "5"], "--lr needs a value."),
+        (["--seeds", "--", "5"], "--seeds needs at least one value; an empty list is '[]'."),
+        (["--3"], "Unknown option --3. See python -m sft.train --help."),
+        (["-H"], "Unknown option -H. See python -m sft.train --help."),
+        (
+            ["--tyro-print-completion", "bash"],
+            "Unknown option --tyro-print-completion. See python -m sft.train --help.",
+        ),
+    ],
+)
+def test_what_tyro_would_answer_in_a_box_gets_our_sentence_alone(
+    argv: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert error_of(*argv) == message
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_value_that_begins_with_a_dash_follows_an_equals_sign() -> None:
+    assert read("--model=-x").config.model == "-x"
 
 
 # --- Aliases ---
@@ -197,13 +224,13 @@ def test_the_file_is_read_by_the_types_of_the_fields(tmp_path: Path) -> None:
         ("zzz: 4\n", "my.yaml line 1: unknown key 'zzz'."),
         ("steps: five\n", "my.yaml: 'steps: five' is not an integer."),
         ("seeds: [0, one]\n", "my.yaml: 'seeds: one' is not an integer."),
-        ("steps:\n", "my.yaml: 'steps: null' is not an integer."),
+        ("steps:\n", "my.yaml: 'steps: null' is not a value that this option takes."),
         ("lr: [1, 2]\n", "my.yaml: 'lr: 1 2' is not a single value."),
         ("packing: 1\n", "my.yaml: 'packing: 1' is not true or false."),
         ("lr: 1\nlearning_rate: 2\n", "my.yaml line 2: 'lr' is already set in line 1."),
         (
             "lr:\n  max: 2\n",
-            "my.yaml line 1: 'lr' holds keys of its own; options are flat, "
+            "my.yaml line 1: 'lr' holds keys or lists of its own; options are flat, "
             "one 'name: value' a line.",
         ),
         ("- 1\n", "my.yaml: expected lines of 'name: value' and found something else."),
@@ -292,6 +319,12 @@ def test_a_class_that_takes_the_layers_own_names_is_refused() -> None:
         read(of=bad)
 
 
+def test_a_field_of_two_types_is_refused() -> None:
+    bad = dataclasses.make_dataclass("Bad", [("x", int | str, 1)], frozen=True, kw_only=True)
+    with pytest.raises(TypeError, match=r"x is int \| str: a field of a command has one type"):
+        read(of=bad)
+
+
 # --- Required and positional ---
 
 
@@ -374,7 +407,8 @@ def test_help_shows_name_default_choices_and_text(
     assert rows["--lora-rank"] == ["--lora-rank", "8", "0", "trains", "every", "weight"]
     assert rows["--[no-]packing"][1] == "on" and rows["--data"][1] == "none"
     assert rows["--balance"][1:3] == ["sequence", "(off|micro_batch|sequence)"]
-    assert "also --lora-r" in printed(capsys, "--help-all")
+    full = printed(capsys, "--help-all")
+    assert "--lora-r INT, --lora-rank INT" in full and "(default: 8)" in full
 
 
 # --- The guard ---
