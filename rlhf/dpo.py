@@ -19,7 +19,7 @@ from moe.model import MoEModel
 from rlhf.logprobs import sequence_logps, token_logps
 from rlhf.losses import PairLogps, PreferenceLoss
 from rlhf.losses.dpo import DPOLoss
-from rlhf.reference import Reference
+from rlhf.reference import Reference, beside_the_policy
 from sft.adapt import disable_dropout
 from sft.loss import LossOutput
 from sft.settings import BalancePolicy, TrainSettings
@@ -88,6 +88,9 @@ class DPOTrainer(StageTrainer):
 
     def own_settings(self) -> dict[str, Any]:
         return {"loss": repr(self.loss)}
+
+    def frozen_models(self) -> Mapping[str, nn.Module]:
+        return beside_the_policy(self.reference) if self.loss.needs_reference else {}
 
     def count_units(self, batch: Mapping[str, Tensor]) -> int:
         return batch["input_ids"].shape[0] // 2

@@ -6,7 +6,7 @@ silently measure from the model before SFT.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -33,6 +33,14 @@ class FrozenCopy:
     @contextmanager
     def lend(self) -> Iterator[nn.Module]:
         yield self.model
+
+
+def beside_the_policy(reference: Reference) -> Mapping[str, nn.Module]:
+    """The reference where it is a model of its own, which the policy's checkpoint does not hold.
+
+    An adapter is in that checkpoint, and so is the base under it.
+    """
+    return {"reference": reference.model} if isinstance(reference, FrozenCopy) else {}
 
 
 class FrozenAdapter:

@@ -132,10 +132,19 @@ def save_adapter(
         temporary, selected_adapters=[name], save_embedding_layers=False, **options
     )
     (temporary / "README.md").unlink(missing_ok=True)  # an empty form to fill in
+    for path in temporary.rglob(ADAPTER_CONFIG):
+        _sort_lists(path)
     shutil.rmtree(folder, ignore_errors=True)
     # PEFT puts an adapter that is not called "default" one folder deeper.
     (temporary if name == "default" else temporary / name).rename(folder)
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sort_lists(path: Path) -> None:
+    """PEFT keeps the targets in a set, whose order is another in every process."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    ordered = {k: sorted(v) if isinstance(v, list) else v for k, v in document.items()}
+    path.write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, folder: Path, *, name: str) -> nn.Module:

@@ -1,18 +1,21 @@
 """Checkpoints that are whole or absent: one directory, checksums last, then one rename.
 
 Only safetensors and JSON. A reader verifies every byte against the manifest before it trusts one;
-a damaged newest checkpoint is passed over, aloud, for the one before it.
+a damaged newest checkpoint is passed over, aloud, for the one before it. A folder has the name of a
+checkpoint only while it is whole: it gets the name last and loses it before anything in it goes.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,6 +23,7 @@ from moe.errors import UserError
 
 MANIFEST = "MANIFEST.json"
 PREFIX = "checkpoint-"
+_UNNAMED = ".tmp-"  # before a folder's name while it is being written or deleted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,16 @@ def load_strictly(model: nn.Module, saved: Mapping[str, Tensor], *, source: str)
             tensor.copy_(saved[name])
 
 
+def fingerprint_tensors(model: nn.Module) -> str:
+    """16 hex digits over the names, types, shapes and values of a model's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in live_tensors(model).items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(flat.numpy().data)
+    return digest.hexdigest()[:16]
+
+
 def write_checkpoint(
     folder: Path,
     *,
@@ -77,30 +91,45 @@ def write_checkpoint(
     """Write `folder` under a temporary name, fsync all, manifest last, then rename.
 
     tensors: file stem -> name -> tensor (`<stem>.safetensors`); documents: file stem -> JSON value.
-    facts: what the manifest says beside sizes and checksums.
+    facts: what the manifest says beside sizes and checksums. Raises UserError, with what is free,
+    when the disk does not take it; what was there before is untouched then.
     """
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    for stem, named in tensors.items():
-        contiguous = {name: t.detach().cpu().contiguous() for name, t in named.items()}
-        save_file(contiguous, temporary / f"{stem}.safetensors")
-    for stem, value in documents.items():
-        text = json.dumps(value, indent=1, sort_keys=True)
-        (temporary / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(temporary.iterdir())
-    }
-    manifest = json.dumps({"schema": 1, **facts, "files": files}, indent=1)
-    (temporary / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
-    for path in [*temporary.iterdir(), temporary]:
-        _fsync(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-    _fsync(folder.parent)
+    temporary = folder.with_name(f"{_UNNAMED}{folder.name}-{os.getpid()}")
+    with _told_when_the_disk_refuses(folder, temporary):
+        _sweep(temporary)
+        temporary.mkdir(parents=True)
+        for stem, named in tensors.items():
+            contiguous = {name: t.detach().cpu().contiguous() for name, t in named.items()}
+            save_file(contiguous, temporary / f"{stem}.safetensors")
+        for stem, value in documents.items():
+            text = json.dumps(value, indent=1, sort_keys=True)
+            (temporary / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(temporary.iterdir())
+        }
+        manifest = json.dumps({"schema": 1, **facts, "files": files}, indent=1)
+        (temporary / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            _fsync(path)
+        delete_checkpoint(folder)
+        temporary.rename(folder)
+        _fsync(folder.parent)
+
+
+@contextmanager
+def _told_when_the_disk_refuses(folder: Path, temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        where = next(path for path in (folder, *folder.parents) if path.is_dir())
+        free = shutil.disk_usage(where).free / 2**20
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(
+            f"{folder} could not be written: {reason} ({free:,.0f} MiB are free there). The "
+            "checkpoints before it are untouched: mend that, then go on by --resume."
+        ) from error
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -145,8 +174,11 @@ def checkpoints(root: Path) -> list[Path]:
 def rotate(root: Path, *, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, counted from the newest that verifies.
 
-    Damaged ones above it are left for a later save of that step to replace.
+    Damaged ones above it are left for a later save of that step to replace. What killed processes
+    left half written or half deleted goes too.
     """
+    for stale in root.glob(f"{_UNNAMED}{PREFIX}*"):
+        _sweep(stale)
     if len(checkpoints(root)) <= keep:
         return
     newest, notes = newest_checkpoint(root)
@@ -156,9 +188,21 @@ def rotate(root: Path, *, keep: int) -> None:
         return
     found = checkpoints(root)
     for folder in found[: max(found.index(newest) + 1 - keep, 0)]:
+        delete_checkpoint(folder)
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint, if it is there; its name goes first, so that no part is taken for it."""
+    if folder.exists():
+        nameless = folder.with_name(f"{_UNNAMED}{folder.name}-{os.getpid()}-old")
+        _sweep(nameless)
+        folder.rename(nameless)
+        _sweep(nameless)
+
+
+def _sweep(folder: Path) -> None:
+    if folder.exists():
         shutil.rmtree(folder)
-    for stale in root.glob(f".tmp-{PREFIX}*"):
-        shutil.rmtree(stale)
 
 
 def _verified_manifest(folder: Path) -> dict[str, object]:

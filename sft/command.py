@@ -18,7 +18,14 @@ from sft.flags import SHARED_ALIASES, Parsed, parse
 
 ALIASES = {**SHARED_ALIASES, "log": "mirror"}
 # Where a run goes and how it speaks is no part of what it is.
-PLACES = ("out", "resume", "overwrite", "quiet")
+PLACES = ("out", "resume", "allow_changed", "overwrite", "quiet")
+# What a resumed run may be told to find changed, and the options that belong to each but the last.
+Changeable = Literal["data", "tokenizer", "model", "settings", "machine"]
+_KIND_OF_OPTION: dict[str, Changeable] = {
+    **dict.fromkeys(("data", "columns", "normalize_data", "ptx_data"), "data"),
+    **dict.fromkeys(("tokenizer", "template"), "tokenizer"),
+    **dict.fromkeys(("model", "reward_model"), "model"),
+}
 
 BalanceScope = Literal["off", "micro_batch", "optimizer_step"]
 LoraTarget = Literal["auto", "all", "attention", "experts", "router", "ffn"]
@@ -66,6 +73,7 @@ class TrainingConfig:
     mirror: Literal["wandb", "none"] = option("wandb", "copy of metrics.jsonl")
     out: Path | None = option(None, "the run's folder, if not a new one under results/")
     resume: Path | None = option(None, "go on with this run")
+    allow_changed: tuple[Changeable, ...] = option((), "what may differ from the run resumed")
     overwrite: bool = option(False, "empty an earlier run in --out")
     quiet: bool = option(False, "print the result only")
 
@@ -114,8 +122,10 @@ class TrainingConfig:
             idle["max_new_tokens"] = "with --num-samples 0"
         if self.resume is not None:
             idle |= {"out": "beside --resume", "overwrite": "beside --resume"}
-        elif self.out is None:
-            idle["overwrite"] = "without --out"
+        else:
+            idle["allow_changed"] = "without --resume"
+            if self.out is None:
+                idle["overwrite"] = "without --out"
         return idle
 
     @property
@@ -153,6 +163,11 @@ def parse_training(
     parsed = parse(config_class, words, prog=prog, description=description, aliases=ALIASES)
     refuse_idle(parsed, parsed.config.idle())
     return parsed
+
+
+def kind_of_option(name: str) -> Changeable:
+    """What --allow-changed has to name for a resumed run to have another value of this option."""
+    return _KIND_OF_OPTION.get(name, "settings")
 
 
 def _value_of(flag: str, words: Sequence[str]) -> str | None:

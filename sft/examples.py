@@ -28,11 +28,15 @@ class Instruction:
 
 @dataclass(frozen=True, kw_only=True)
 class Preference:
-    """A prompt with a better and a worse answer."""
+    """A prompt with a better and a worse answer; `margin` says by how much, where that is known.
+
+    It is in units of the reward (Touvron et al. 2023, Llama 2, eq. 2), finite and at least 0.
+    """
 
     prompt: Conversation
     chosen: str
     rejected: str
+    margin: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

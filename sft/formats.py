@@ -7,6 +7,7 @@ and counted.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -62,6 +63,17 @@ class _Row:
         except UnicodeEncodeError:
             raise self.error(f"{what} has half a Unicode pair (\\ud8xx alone)") from None
         return value
+
+    def optional_amount(self, name: str) -> float | None:
+        """A finite number of at least 0, or None where the row has none."""
+        value = self.value.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(f"field {name!r} is {_kind_of_json(value)}, not a number")
+        if not 0 <= value < math.inf:
+            raise self.error(f"field {name!r} is {value}: it has to be finite and at least 0")
+        return float(value)
 
     def turns(self, name: str, *, role_key: str = "role", text_key: str = "content") -> list[Any]:
         turns = self.value.get(name)
@@ -135,7 +147,7 @@ def _read_preference(row: _Row) -> Preference:
         prompt = row.value.get("prompt")
         as_turns = isinstance(prompt, list)
         turns = row.turns("prompt") if as_turns else [Message("user", row.text("prompt"))]
-        return _preference(tuple(turns), row.text("chosen"), row.text("rejected"))
+        return _preference(row, tuple(turns), row.text("chosen"), row.text("rejected"))
     chosen, rejected = row.turns("chosen"), row.turns("rejected")
     if isinstance(row.value.get("prompt"), list):
         prompt_turns = row.turns("prompt")
@@ -144,14 +156,14 @@ def _read_preference(row: _Row) -> Preference:
     elif "prompt" in row.value and [turn.role for turn in chosen] == ["assistant"]:
         opening = [Message("user", row.text("prompt"))]
         chosen, rejected = opening + chosen, opening + rejected
-    return _pair(chosen, rejected)
+    return _pair(row, chosen, rejected)
 
 
 def _read_implicit_preference(row: _Row) -> Preference:
     """`chosen`, `rejected` alone: whole dialogues that share their beginning."""
     if isinstance(row.value.get("chosen"), list):
-        return _pair(row.turns("chosen"), row.turns("rejected"))
-    return _pair(_transcript(row, "chosen"), _transcript(row, "rejected"))
+        return _pair(row, row.turns("chosen"), row.turns("rejected"))
+    return _pair(row, _transcript(row, "chosen"), _transcript(row, "rejected"))
 
 
 TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -180,25 +192,26 @@ def _read_sharegpt_ranking(row: _Row) -> Preference:
         if turn.role != "assistant":
             raise row.error(f"{name!r} is a {turn.role} turn, not an answer")
         sides.append(turn.content)
-    return _preference(tuple(prompt), *sides)
+    return _preference(row, tuple(prompt), *sides)
 
 
-def _pair(chosen: list[Message], rejected: list[Message]) -> Preference:
+def _pair(row: _Row, chosen: list[Message], rejected: list[Message]) -> Preference:
     """Two dialogues that may differ in their last turn only."""
     prompt, *sides = extract_prompt(as_turns(tuple(chosen)), as_turns(tuple(rejected)))
     if any(len(side) != 1 or side[0]["role"] != "assistant" for side in sides):
         raise _Skip("have a chosen and a rejected that differ before the last answer")
-    return _preference(tuple(chosen[: len(prompt)]), *(side[0]["content"] for side in sides))
+    return _preference(row, tuple(chosen[: len(prompt)]), *(side[0]["content"] for side in sides))
 
 
-def _preference(prompt: Conversation, chosen: str, rejected: str) -> Preference:
+def _preference(row: _Row, prompt: Conversation, chosen: str, rejected: str) -> Preference:
     if not prompt or prompt[-1].role == "assistant":
         raise _Skip("have a prompt that does not end with a user turn")
     if not chosen.strip() or not rejected.strip():
         raise _Skip("have an empty answer")
     if chosen == rejected:
         raise _Skip("have an identical chosen and rejected")
-    return Preference(prompt=prompt, chosen=chosen, rejected=rejected)
+    margin = row.optional_amount("margin")
+    return Preference(prompt=prompt, chosen=chosen, rejected=rejected, margin=margin)
 
 
 def _read_document(row: _Row) -> Document:
@@ -225,18 +238,21 @@ READERS = (
         name="sharegpt-ranking",
         kind="preference",
         needs=("conversations", "chosen", "rejected"),
+        uses=("margin",),
         read=_read_sharegpt_ranking,
     ),
     _Reader(
         name="preference",
         kind="preference",
         needs=("prompt", "chosen", "rejected"),
+        uses=("margin",),
         read=_read_preference,
     ),
     _Reader(
         name="implicit-preference",
         kind="preference",
         needs=("chosen", "rejected"),
+        uses=("margin",),
         read=_read_implicit_preference,
     ),
     _Reader(name="messages", kind="instruction", needs=("messages",), read=_read_messages),

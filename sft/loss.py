@@ -35,16 +35,21 @@ class LossOutput:
 
 
 def language_model_loss(logits_BSV: Tensor, labels_BS: Tensor) -> LossOutput:
-    """Summed cross-entropy of labels shifted by one, -100 left out, in float32."""
+    """Summed cross-entropy of labels shifted by one, -100 left out, in float32.
+
+    Logits where nothing is learned enter neither value nor gradient, not even if they are NaN.
+    """
     target_BS = labels_BS[:, 1:]
+    learned_BS = target_BS != -100
+    # Zeros in their place, not fewer rows: the sum then adds in the same order, to the same bits.
+    known_BSV = torch.where(learned_BS[..., None], logits_BSV[:, :-1].float(), 0.0)
     loss_sum = functional.cross_entropy(
-        logits_BSV[:, :-1].float().flatten(0, 1),
+        known_BSV.flatten(0, 1),
         target_BS.flatten(),
         ignore_index=-100,
         reduction="sum",
     )
     with torch.no_grad():
-        learned_BS = target_BS != -100
         count = learned_BS.sum()
         hit = ((logits_BSV[:, :-1].argmax(dim=-1) == target_BS) & learned_BS).sum()
     return LossOutput(loss_sum=loss_sum, count=count, metrics={"lm/accuracy": (hit, count)})

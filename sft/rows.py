@@ -45,12 +45,16 @@ class SupervisedRow(TypedDict):
 
 
 class PreferenceRow(TypedDict):
-    """One prompt and two completions, the last two with their EOS unless they were cut."""
+    """One prompt and two completions, the last two with their EOS unless they were cut.
+
+    `margin`: by how much the chosen one is better, in all rows or in none.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     sample_id: int
+    margin: NotRequired[float]
 
 
 class PromptRow(TypedDict):
@@ -191,8 +195,10 @@ def preference_rows(
     Completions keep half of `max_length`, or more where the prompt leaves it, and are cut from the
     right (a cut one has no EOS: it did not end there); then the prompt, the same for both, is cut
     from the left behind its BOS. Pairs that the cut made identical are dropped and counted.
+    Margins in some rows only are a UserError.
     """
     found = as_examples(examples)
+    _check_margins(found)
     rows: list[PreferenceRow] = []
     same: list[str] = []
     num_cut_prompts = num_cut_completions = 0
@@ -217,6 +223,8 @@ def preference_rows(
                 "sample_id": len(rows),
             }
         )
+        if example.margin is not None:
+            rows[-1]["margin"] = example.margin
     limit = f"--max-length {text_path.max_length}"
     skipped = {f"have the same ids for both answers under {limit}": same} if same else {}
     notes = note_dropped(skipped, total=len(found), name=found.name, remedy="Raise --max-length.")
@@ -230,6 +238,17 @@ def preference_rows(
             f"and so their EOS, under {limit}."
         )
     return Rows(rows, notes=notes)
+
+
+def _check_margins(examples: Examples) -> None:
+    """A missing margin is not 0: it would ask less of that pair than of the others."""
+    with_one = [row.margin is not None for row in rows_of_type(Preference, examples)]
+    if any(with_one) and not all(with_one):
+        place = examples.places[with_one.index(False)]
+        raise UserError(
+            f"{examples.name} {place}: this row has no 'margin', and {sum(with_one)} of "
+            f"{len(with_one)} rows have one. Give all rows a margin (0 for none), or no row."
+        )
 
 
 def prompt_rows(
@@ -316,7 +335,8 @@ class PreferenceCollator:
 
     Gives `input_ids` (2B, S) int64; `attention_mask` (2B, S) int64; `completion_mask` (2B, S) bool,
     True on the completion's tokens, EOS included; `sample_ids` (2B,) int64: 2i for the chosen and
-    2i + 1 for the rejected answer of row i, because routing is kept by sample and token.
+    2i + 1 for the rejected answer of row i, because routing is kept by sample and token. Where the
+    rows have them also `margin` (B,) float32.
     """
 
     pad_id: int
@@ -339,9 +359,12 @@ class PreferenceCollator:
             pad_id=0,
             side="right",
         )
-        return {
+        batch = {
             "input_ids": ids,
             "attention_mask": mask.long(),
             "completion_mask": in_completion.bool(),
             "sample_ids": torch.tensor([sample for *_, sample in both], dtype=torch.int64),
         }
+        if any("margin" in row for row in rows):
+            batch["margin"] = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
+        return batch

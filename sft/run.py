@@ -32,6 +32,7 @@ Status = Literal["running", "done", "failed", "interrupted"]
 _CONFIG = "config.yaml"
 _ENVIRONMENT = "environment.json"
 _STATUS = "status.json"
+_CHANGES = "resumed_with_changes"
 _PACKAGES = (
     "switchyard torch transformers trl peft accelerate datasets safetensors tokenizers wandb numpy"
 ).split()
@@ -324,10 +325,13 @@ class Run:
             _point_latest(Path(root), folder)
         run = cls(folder=folder, config=values)
         run.set_status("running")
-        text = "".join(yaml_line(name, value) + "\n" for name, value in values.items())
-        write_text_atomic(folder / _CONFIG, text)
+        run._write_config(values)
         run.write_json(_ENVIRONMENT, describe_environment())
         return run
+
+    def _write_config(self, values: Mapping[str, Any]) -> None:
+        text = "".join(yaml_line(name, value) + "\n" for name, value in values.items())
+        write_text_atomic(self.folder / _CONFIG, text)
 
     @classmethod
     def open(
@@ -358,6 +362,30 @@ class Run:
                     f"Cannot resume {folder}: {found}. Give the run's values, or start a new run."
                 )
         return cls(folder=folder, config=stored)
+
+    def note_changes(self, step: int, changes: Sequence[object], *, config: object) -> None:
+        """Records that the run goes on from `step` with something else than it began with.
+
+        Args:
+            changes: dataclasses or mappings, kept in environment.json beside those of before.
+            config: what config.yaml holds from now on.
+        """
+        environment = self._environment()
+        noted = [*environment.get(_CHANGES, ()), {"step": step, "changes": redact(changes)}]
+        self.write_json(_ENVIRONMENT, {**environment, _CHANGES: noted})
+        self._write_config(redact(config))
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """What `note_changes` recorded, in order: step, and the changes made there."""
+        return list(self._environment().get(_CHANGES, ()))
+
+    def _environment(self) -> dict[str, Any]:
+        path = self.folder / _ENVIRONMENT
+        if not path.is_file():  # the process ended before it wrote it
+            return {}
+        environment: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return environment
 
     @property
     def name(self) -> str:

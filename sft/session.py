@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from moe.errors import UserError
 from moe.generation import sample
 from moe.record import has_router
 from sft.checkpoint import PREFIX, newest_checkpoint
-from sft.command import TrainingConfig, is_first_process
+from sft.command import TrainingConfig, is_first_process, kind_of_option
 from sft.examples import Examples
 from sft.rows import PromptRow
 from sft.run import Run, redact, write_text_atomic
 from sft.settings import BalancePolicy, TrainSettings
+from sft.state import Change, changes_between
 from sft.text import TextPath, pad_batch
-from sft.tracking import Tracker
+from sft.tracking import METRICS_FILE, Tracker, read_metrics
 from sft.trainer import Diverged, StageTrainer
 
 RESULTS = Path("results")
@@ -147,14 +148,20 @@ class Display:
 
 @dataclass(kw_only=True)
 class Session:
-    """One stage of one run. `tracker` is None off the first process."""
+    """One stage of one run. `tracker` is None off the first process.
+
+    values: what config.yaml has to hold. changed_options: those that differ from a resumed run's.
+    """
 
     stage: str
     run: Run
     state: PartialState
     display: Display
     tracker: Tracker | None
-    fingerprints: dict[str, str] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    allow_changed: Sequence[str] = ()
+    changed_options: Sequence[Change] = ()
 
     @property
     def device(self) -> torch.device:
@@ -176,7 +183,25 @@ class Session:
             "tracker": self.tracker,
             "on_progress": self.display.progress,
             "fingerprints": self.fingerprints,
+            "allow_changed": self.allow_changed,
+            "on_resume": self.note_resume,
         }
+
+    def note_resume(self, step: int, changes: Sequence[Change]) -> None:
+        """Say and record what a resumed run finds changed, before its first step."""
+        if not self.first:
+            return
+        options = {change.what for change in self.changed_options}
+        found = [*self.changed_options, *(c for c in changes if c.what not in options)]
+        for change in found:
+            self.display.say(
+                f"from step {step} on with another {change.what}: it was {change.was}, is "
+                f"{change.now} (--allow-changed {change.kind})"
+            )
+        if found:
+            self.run.note_changes(step, found, config=self.values)
+        elif self.allow_changed:
+            self.display.say(f"--allow-changed {' '.join(self.allow_changed)}: nothing is changed")
 
     def fit(self, trainer: StageTrainer, *, resume: bool) -> float:
         """Train to the end; the seconds it took."""
@@ -189,9 +214,17 @@ class Session:
         return time.perf_counter() - start
 
     def log(self, metrics: Mapping[str, tuple[float, float]], *, step: int) -> None:
-        """Metrics on held-out rows."""
-        if self.tracker is not None:
-            self.tracker.log(metrics, step=step, stage=self.stage, split="val")
+        """Metrics on held-out rows; those that the run, killed after it, has already stay."""
+        if self.tracker is None:
+            return
+        held = {
+            row["name"]
+            for row in read_metrics(self.run.folder / METRICS_FILE)
+            if (row["stage"], row["split"], row["step"]) == (self.stage, "val", step)
+        }
+        fresh = {name: value for name, value in metrics.items() if name not in held}
+        if fresh:
+            self.tracker.log(fresh, step=step, stage=self.stage, split="val")
 
     def leave(
         self, summary: Mapping[str, Any], *, samples: Sequence[Mapping[str, str]], seconds: float
@@ -199,7 +232,9 @@ class Session:
         """Write summary.json and samples.jsonl and show the samples."""
         if not self.first:
             return
-        self.run.write_json("summary.json", {**summary, "timings": {"seconds": seconds}})
+        changed = {"resumed_with_changes": held} if (held := self.run.changes) else {}
+        whole = {**summary, **changed, "timings": {"seconds": seconds}}
+        self.run.write_json("summary.json", whole)
         if samples:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in samples]
             write_text_atomic(self.run.folder / "samples.jsonl", "".join(lines))
@@ -250,8 +285,11 @@ def clip(text: str, width: int = 160) -> str:
 
 
 def already_finished(config: TrainingConfig) -> bool:
-    """Whether `--resume` names a run that has come to its end; says so."""
-    if config.resume is None or not Run.open(config.resume).finished:
+    """Whether `--resume` names a run that has come to its end; says so.
+
+    With --allow-changed there may be more to do: further steps, for one.
+    """
+    if config.resume is None or config.allow_changed or not Run.open(config.resume).finished:
         return False
     if is_first_process():
         print(f"{config.resume} is finished: there is nothing to resume.")
@@ -273,18 +311,25 @@ def open_session(
 
     values: what config.yaml holds. Raises UserError on every process when it cannot be made.
     """
-    run = _shared_run(config, values, experiment=experiment, state=state)
+    run, changed_options = _shared_run(config, values, experiment=experiment, state=state)
     display = Display(stage, quiet=config.quiet)
+
+    def session(tracker: Tracker | None) -> Session:
+        return Session(
+            stage=stage,
+            run=run,
+            state=state,
+            display=display,
+            tracker=tracker,
+            values=values,
+            fingerprints=fingerprints,
+            allow_changed=config.allow_changed,
+            changed_options=changed_options,
+        )
+
     if not is_first_process():
         try:
-            yield Session(
-                stage=stage,
-                run=run,
-                state=state,
-                display=display,
-                tracker=None,
-                fingerprints=dict(fingerprints),
-            )
+            yield session(None)
         except Diverged as error:
             raise Stopped(str(error)) from error
         return
@@ -307,14 +352,7 @@ def open_session(
         ) as tracker,
     ):
         try:
-            yield Session(
-                stage=stage,
-                run=run,
-                state=state,
-                display=display,
-                tracker=tracker,
-                fingerprints=dict(fingerprints),
-            )
+            yield session(tracker)
         except Diverged as error:
             display.close()
             good, _ = newest_checkpoint(run.folder / CHECKPOINTS)
@@ -330,13 +368,17 @@ def open_session(
 
 def _shared_run(
     config: TrainingConfig, values: Mapping[str, Any], *, experiment: str, state: PartialState
-) -> Run:
-    """The run, opened or made by the first process; its folder or its error goes to all."""
+) -> tuple[Run, list[Change]]:
+    """The run, opened or made by the first process; its folder or its error goes to all.
+
+    With it the options that are allowed to differ from the run's own, and do.
+    """
     told: list[Any] = [None, None]
+    changes: list[Change] = []
     if is_first_process():
         try:
             if config.resume is not None:
-                run = Run.open(config.resume, values)
+                run, changes = _reopened(config.resume, values, allowed=config.allow_changed)
             else:
                 run = Run.create(
                     RESULTS, experiment, values, out=config.out, overwrite=config.overwrite
@@ -349,7 +391,28 @@ def _shared_run(
     folder, error_text = told
     if error_text is not None:
         raise UserError(error_text)
-    return run if is_first_process() else Run(folder=Path(folder), config=redact(values))
+    if is_first_process():
+        return run, changes
+    return Run(folder=Path(folder), config=redact(values)), []
+
+
+def _reopened(
+    folder: Path, values: Mapping[str, Any], *, allowed: Sequence[str]
+) -> tuple[Run, list[Change]]:
+    """The run to resume; raises UserError for an option that differs without being allowed to."""
+    stored = Run.open(folder).config
+    changes = [
+        replace(change, kind=kind_of_option(change.what))
+        for change in changes_between(stored, redact(values), kind=None)
+    ]
+    may_differ = [change.what for change in changes if change.kind in allowed]
+    try:
+        return Run.open(folder, values, ignore=may_differ), changes
+    except UserError as error:
+        kinds = sorted({str(c.kind) for c in changes if c.what not in may_differ})
+        raise UserError(
+            f"{error} --allow-changed {' '.join(kinds)} goes on all the same."
+        ) from None
 
 
 def train_settings(

@@ -505,6 +505,10 @@ class Tracker:
         """Puts end results, such as the verdict, into the W&B summary."""
         self._mirror.summary(values)
 
+    def sync(self) -> None:
+        """Returns when what is logged so far is on the disk."""
+        os.fsync(self._file.fileno())
+
     def close(self, status: str = "done") -> None:
         """Ends the record and the mirror; a second call does nothing.
 

@@ -6,26 +6,27 @@ the line "Hugging Face's loop"; transformers is bounded to the minor versions th
 """
 
 import json
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from moe.balance import BalanceSums, balance_sums, load_balancing_value, z_value
+from moe.balance import BalanceSums, balance_sums, balance_values
 from moe.errors import UserError
 from moe.record import has_router, record_routing
 from moe.stats import RouterStats
 from sft.checkpoint import (
     PREFIX,
     Checkpoint,
+    checkpoints,
+    fingerprint_tensors,
     live_tensors,
     load_strictly,
     newest_checkpoint,
@@ -36,11 +37,22 @@ from sft.checkpoint import (
 from sft.loss import LossOutput, language_model_loss
 from sft.order import StepOrder
 from sft.settings import BalancePolicy, TrainSettings, training_arguments
-from sft.state import load_optimizer, optimizer_state, rng_documents, state_document
+from sft.state import (
+    Change,
+    changes_between,
+    flattened,
+    load_optimizer,
+    load_rng_state,
+    load_schedule,
+    optimizer_state,
+    rng_state,
+    state_document,
+)
 from sft.tracking import Tracker
 
 # Settings that say when to write, not what is computed: they may differ when a run is resumed.
 RESUMABLE_SETTINGS = ("log_steps", "save_steps", "keep_checkpoints")
+FORMAT = 2  # of what a trainer puts into a checkpoint; 1 had no device and one process's metrics
 
 
 class Diverged(RuntimeError):
@@ -144,8 +156,15 @@ class StageTrainer(Trainer):
         on_progress: Callable[[int, int], None] | None = None,
         fingerprints: Mapping[str, str] | None = None,
         routed_part: nn.Module | None = None,
+        allow_changed: Collection[str] = (),
+        on_resume: Callable[[int, Sequence[Change]], None] | None = None,
     ) -> None:
-        """`routed_part` is the part whose routers are balanced and observed; default the model."""
+        """`routed_part` is the part whose routers are balanced and observed; default the model.
+
+        fingerprints: of what the training rests on (data, tokenizer, model, ...); a resumed one
+        must find the same. allow_changed: kinds of change (`sft.state.Change`) that it may find.
+        on_resume: is told the step that is gone on from and what is changed, before any step.
+        """
         if not rows:
             raise UserError(f"stage {stage}: there are no rows to train on.")
         self.settings = settings
@@ -154,6 +173,10 @@ class StageTrainer(Trainer):
         self.tracker = tracker
         self.on_progress = on_progress
         self.fingerprints = dict(fingerprints or {})
+        self.allow_changed = frozenset(allow_changed)
+        self.on_resume = on_resume
+        self._frozen: dict[str, str] | None = None
+        self._changes: list[Change] = []
         self.balance = balance if balance is not None else BalancePolicy(scope="off")
         self.routed_part = model if routed_part is None else routed_part
         self.routed = has_router(self.routed_part)
@@ -193,6 +216,13 @@ class StageTrainer(Trainer):
         """What the stage computes by beside `TrainSettings`; a resumed run must agree with it."""
         return {}
 
+    def frozen_models(self) -> Mapping[str, nn.Module]:
+        """Models that the stage computes with, never trains, and makes anew when it is resumed.
+
+        They are not in a checkpoint, where each would double it; their fingerprints are.
+        """
+        return {}
+
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the stage adds to a checkpoint: tensors and a JSON document."""
         return {}, {}
@@ -201,13 +231,36 @@ class StageTrainer(Trainer):
         """Restore what `extra_state` gave."""
 
     def fit(self, *, resume: bool = False) -> None:
-        """Train to the end; `resume` continues from the newest checkpoint that verifies, if any."""
-        checkpoint = None
-        if resume:
-            checkpoint, notes = newest_checkpoint(Path(self.args.output_dir))
+        """Train to the end; `resume` continues from the newest checkpoint that verifies, if any.
+
+        Raises UserError for a checkpoint of another training, and when a training that is not
+        resumed would write over the checkpoints of an earlier one.
+        """
+        folder = Path(self.args.output_dir)
+        if not resume and self.settings.save_steps and (held := checkpoints(folder)):
+            raise UserError(
+                f"{folder} holds {held[-1].name} of an earlier training: go on with it (resume), "
+                "or choose another folder."
+            )
+        checkpoint = self._newest(folder) if resume else None
+        if resume and checkpoint is None and self.on_resume is not None:
+            self.on_resume(0, ())
+        self.train(resume_from_checkpoint=checkpoint)
+
+    def _newest(self, folder: Path) -> str | None:
+        """The newest whole checkpoint, as the first process finds it; says what it passes over."""
+        found: list[Any] = [None]
+        if self.is_world_process_zero():
+            checkpoint, notes = newest_checkpoint(folder)
             for note in notes:
                 print(note, flush=True)
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if notes and checkpoint is None:
+                print(f"No checkpoint in {folder} is whole: beginning at step 0.", flush=True)
+            found = [None if checkpoint is None else str(checkpoint)]
+        if self.accelerator.num_processes > 1:
+            found = broadcast_object_list(found)
+        newest: str | None = found[0]
+        return newest
 
     # The loss.
 
@@ -248,13 +301,7 @@ class StageTrainer(Trainer):
         fraction_LE = self._step.fraction_LE
         if self.balance.scope == "optimizer_step" and fraction_LE is None:
             fraction_LE = self._fractions(torch.stack([s.count_E for s in sums_L]))
-        balance = torch.stack(
-            [
-                load_balancing_value(s, fraction_E=None if fraction_LE is None else fraction_LE[i])
-                for i, s in enumerate(sums_L)
-            ]
-        ).mean()
-        z = torch.stack([z_value(s) for s in sums_L]).mean()
+        balance, z = balance_values(sums_L, fraction_LE=fraction_LE)
         tokens = sums_L[0].num_tokens.detach()
         self._sums.add(
             LossOutput(
@@ -399,9 +446,14 @@ class StageTrainer(Trainer):
     # Checkpoints: see sft.checkpoint.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        everyone = self._gather_objects(rng_documents())
+        generators, words = rng_state(self.args.device)
+        everyone = self._gather_objects(
+            {"tensors": generators, "words": words, "sums": self._sums.document()}
+        )
         extra_tensors, extra_document = self.extra_state()
         if self.is_world_process_zero():
+            if self.tracker is not None:
+                self.tracker.sync()  # a checkpoint says that the rows before it are written
             optimizer_tensors, optimizer_document = optimizer_state(self.optimizer, self.model)
             folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
             write_checkpoint(
@@ -409,29 +461,47 @@ class StageTrainer(Trainer):
                 tensors={
                     "model": live_tensors(self.model),
                     "optimizer": optimizer_tensors,
-                    "rng": {f"torch.{i}": rng.pop("torch") for i, rng in enumerate(everyone)},
+                    "rng": {
+                        f"{name}.{rank}": tensor
+                        for rank, process in enumerate(everyone)
+                        for name, tensor in process["tensors"].items()
+                    },
                     **({"extra": extra_tensors} if extra_tensors else {}),
                 },
                 documents={
                     "trainer_state": state_document(self.state),
                     "optimizer": optimizer_document,
                     "scheduler": self.lr_scheduler.state_dict(),
-                    "rng": everyone,
+                    "rng": [process["words"] for process in everyone],
                     "settings": self._all_settings(),
-                    "sums": self._sums.document(),
+                    "sums": [process["sums"] for process in everyone],
                     "extra": extra_document,
                 },
                 facts={
+                    "format": FORMAT,
                     "step": self.state.global_step,
                     "stage": self.stage,
-                    "fingerprints": self.fingerprints,
-                    "num_processes": self.accelerator.num_processes,
-                    "threads": torch.get_num_threads(),
+                    "fingerprints": {**self.fingerprints, **self._frozen_fingerprints()},
+                    **self._machine(),
                     "torch": torch.__version__,
                 },
             )
             rotate(folder.parent, keep=self.settings.keep_checkpoints)
         self.accelerator.wait_for_everyone()
+
+    def _machine(self) -> dict[str, Any]:
+        """What the bits of a result depend on beside code, data and settings."""
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "device": self.args.device.type,
+        }
+
+    def _frozen_fingerprints(self) -> dict[str, str]:
+        if self._frozen is None:
+            models = self.frozen_models()
+            self._frozen = {name: fingerprint_tensors(model) for name, model in models.items()}
+        return self._frozen
 
     def _gather_objects(self, value: dict[str, Any]) -> list[dict[str, Any]]:
         if self.accelerator.num_processes == 1:
@@ -442,33 +512,40 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint = read_checkpoint(Path(resume_from_checkpoint))
+        self._changes = []
         self._check_same_run(checkpoint)
         load_strictly(self.model, checkpoint.tensors["model"], source=resume_from_checkpoint)
         self._check_same_settings(checkpoint)
-        extra = checkpoint.documents["extra"]
-        assert isinstance(extra, dict)
+        extra: Any = checkpoint.documents["extra"]
         self.load_extra_state(checkpoint.tensors.get("extra", {}), extra)
-        sums = checkpoint.documents["sums"]
-        assert isinstance(sums, dict)
-        self._sums = _Sums.of_document(sums)
+        sums: Any = checkpoint.documents["sums"]
+        # Over another number of processes, the metrics since the last log begin anew.
+        alike = len(sums) == self.accelerator.num_processes
+        self._sums = _Sums.of_document(sums[self.accelerator.process_index]) if alike else _Sums()
         self.steps_before = int(str(checkpoint.manifest["step"]))
         self._resumed = checkpoint
+        if self.on_resume is not None:
+            self.on_resume(self.steps_before, tuple(self._changes))
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
-        now: dict[str, object] = {
-            "stage": self.stage,
-            "num_processes": self.accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-            **{f"fingerprint of {k}": v for k, v in self.fingerprints.items()},
-        }
-        held = checkpoint.manifest
-        prints = held.get("fingerprints", {})
-        assert isinstance(prints, dict)
-        then = {
-            **{key: held.get(key) for key in ("stage", "num_processes", "threads")},
-            **{f"fingerprint of {k}": v for k, v in prints.items()},
-        }
-        self._refuse_differences(checkpoint, now, then)
+        held: Any = checkpoint.manifest
+        if held.get("format") != FORMAT:
+            raise UserError(
+                f"{checkpoint.folder} was written by another version of this code (format "
+                f"{held.get('format', 1)}, this is {FORMAT}): go on with that one, or begin anew."
+            )
+        machine = self._machine()
+        prints = {**self.fingerprints, **self._frozen_fingerprints()}
+        self._agree(checkpoint, {"stage": held["stage"]}, {"stage": self.stage}, kind=None)
+        self._agree(checkpoint, {k: held.get(k) for k in machine}, machine, kind="machine")
+        models = {"model", "reward_model", *self._frozen_fingerprints()}
+        for name in sorted({*prints, *held["fingerprints"]}):
+            self._agree(
+                checkpoint,
+                {f"fingerprint of {name}": held["fingerprints"].get(name)},
+                {f"fingerprint of {name}": prints.get(name)},
+                kind="model" if name in models else "tokenizer" if name == "tokenizer" else "data",
+            )
 
     def _all_settings(self) -> dict[str, Any]:
         whole = {**asdict(self.settings), "balance": asdict(self.balance), **self.own_settings()}
@@ -476,41 +553,61 @@ class StageTrainer(Trainer):
         return plain
 
     def _check_same_settings(self, checkpoint: Checkpoint) -> None:
-        held = checkpoint.documents["settings"]
-        assert isinstance(held, dict)
-        now = {k: v for k, v in self._all_settings().items() if k not in RESUMABLE_SETTINGS}
-        self._refuse_differences(checkpoint, now, {name: held.get(name) for name in now})
+        held: Any = checkpoint.documents["settings"]
+        now = flattened(self._all_settings())
+        for name in RESUMABLE_SETTINGS:
+            del now[name]
+        then = flattened(held)
+        self._agree(checkpoint, {name: then.get(name) for name in now}, now, kind="settings")
 
-    @staticmethod
-    def _refuse_differences(
-        checkpoint: Checkpoint, now: Mapping[str, object], then: Mapping[str, object]
+    def _agree(
+        self,
+        checkpoint: Checkpoint,
+        then: Mapping[str, object],
+        now: Mapping[str, object],
+        *,
+        kind: str | None,
     ) -> None:
-        for key in sorted({*now, *then}):
-            if now.get(key) != then.get(key):
-                raise UserError(
-                    f"{checkpoint.folder} cannot be resumed: {key} was {then.get(key)}, is "
-                    f"{now.get(key)}; the result would not be that of the uninterrupted run."
-                )
+        """Raises UserError for the first difference, unless this kind of change is allowed."""
+        found = changes_between(then, now, kind=kind)
+        if found and kind not in self.allow_changed:
+            change = found[0]
+            way = f" --allow-changed {kind} goes on all the same." if kind is not None else ""
+            raise UserError(
+                f"{checkpoint.folder} cannot be resumed: {change.what} was {change.was}, is "
+                f"{change.now}; the result would not be that of the uninterrupted run.{way}"
+            )
+        self._changes += found
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._resumed is None:
             return
-        document = self._resumed.documents["optimizer"]
-        assert isinstance(document, dict)
-        load_optimizer(self.optimizer, self.model, self._resumed.tensors["optimizer"], document)
-        self.lr_scheduler.load_state_dict(self._resumed.documents["scheduler"])
+        changed = any(change.kind == "settings" for change in self._changes)
+        document: Any = self._resumed.documents["optimizer"]
+        load_optimizer(
+            self.optimizer,
+            self.model,
+            self._resumed.tensors["optimizer"],
+            document,
+            own_options=changed,
+        )
+        schedule: Any = self._resumed.documents["scheduler"]
+        load_schedule(self.lr_scheduler, schedule, own_options=changed)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._resumed is None:
             return
         rank = self.accelerator.process_index
-        documents = self._resumed.documents["rng"]
-        assert isinstance(documents, list)
-        version, words, gauss = documents[rank]["python"]
-        random.setstate((version, tuple(words), gauss))
-        name, keys, *rest = documents[rank]["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-        torch.set_rng_state(self._resumed.tensors["rng"][f"torch.{rank}"])
+        words: Any = self._resumed.documents["rng"]
+        if rank >= len(words):
+            return  # a process that the checkpoint knows nothing of
+        end = f".{rank}"
+        tensors = {
+            name.removesuffix(end): tensor
+            for name, tensor in self._resumed.tensors["rng"].items()
+            if name.endswith(end)
+        }
+        load_rng_state(tensors, words[rank], device=self.args.device)
 
 
 def _value(metric: Any) -> float:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,9 +22,12 @@ ACCELERATE = ROOT / "sft" / "accelerate"
 # Sums over two halves of a batch round otherwise than over the whole; Adam's step is lr at most.
 TOLERANCE = 1e-5
 COMMON = (
-    *("--max-length", "40", "--lr", "1e-3", "--mirror", "none", "--quiet", "--save-steps", "0"),
-    *("--balance-scope", "optimizer_step", "--log-steps", "1", "--val-set-size", "0.2"),
+    *("--max-length", "40", "--lr", "1e-3", "--mirror", "none", "--quiet"),
+    *("--balance-scope", "optimizer_step", "--val-set-size", "0.2"),
 )
+ONCE = ("--save-steps", "0", "--log-steps", "1")
+# A checkpoint at step 1 holds half of what is logged at step 2, on either process.
+KEPT = ("--save-steps", "1", "--keep-checkpoints", "9", "--log-steps", "2")
 DRAWN = ("--max-new-tokens", "4", "--num-samples", "1")
 SFT = (
     *("--model", "new", "--data", "rows.jsonl", "--max-steps", "2", "--batch-size", "8", *DRAWN),
@@ -37,6 +41,11 @@ PPO = (
     *("--updates", "2", "--episodes", "8", "--ppo-epochs", "1", "--minibatches", "2", *DRAWN),
     "--allow-weak-reward-model",
 )
+LORA_SFT = (
+    *("--model", "sft-1", "--data", "rows.jsonl", "--max-steps", "4", "--batch-size", "8"),
+    *("--lora-rank", "2", "--lora-targets", "all", *DRAWN, *KEPT),
+)
+LORA_DPO = (*DPO, "--lora-rank", "2")
 WORDS = "the cat dog sat ran red blue home tree sun moon sang saw big small".split()
 
 
@@ -44,6 +53,13 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def complete(flags: tuple[str, ...]) -> list[str]:
+    """With what all commands share; a resumed run has everything from its folder."""
+    if "--resume" in flags:
+        return list(flags)
+    return [*flags, *COMMON, *(() if "--save-steps" in flags else ONCE)]
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,7 @@ class Place:
         """The command in this process."""
         from importlib import import_module
 
-        assert import_module(module).main([*flags, *COMMON]) == 0
+        assert import_module(module).main(complete(flags)) == 0
 
     def launch(self, module: str, *flags: str) -> str:
         """The command over two processes; what they printed."""
@@ -65,7 +81,7 @@ class Place:
                 *(sys.executable, "-m", "accelerate.commands.launch"),
                 *("--config_file", str(ACCELERATE / "ddp_cpu.yaml")),
                 *("--num_processes", "2", "--main_process_port", str(free_port())),
-                *("-m", module, *flags, *COMMON),
+                *("-m", module, *complete(flags)),
             ],
             cwd=self.folder,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -106,9 +122,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def assert_same_result(one: Path, two: Path, printed: str) -> None:
-    first = load_file(one / "model" / "model.safetensors")
-    second = load_file(two / "model" / "model.safetensors")
+def assert_same_result(
+    one: Path, two: Path, printed: str, *, weights: str = "model/model.safetensors"
+) -> None:
+    first, second = load_file(one / weights), load_file(two / weights)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=TOLERANCE)
@@ -144,6 +161,78 @@ def test_ppo_over_two_processes_gives_the_result_of_one(place: Place) -> None:
     place.run("rlhf.train", *PPO, "--out", "ppo-1")
     printed = place.launch("rlhf.train", *PPO, "--out", "ppo-2")
     assert_same_result(place.folder / "ppo-1", place.folder / "ppo-2", printed)
+
+
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def adapter_run(place: Place) -> Path:
+    """A LoRA run over two processes that kept all its checkpoints, compared with that of one."""
+    place.run("sft.train", *LORA_SFT, "--out", "lora-1")
+    printed = place.launch("sft.train", *LORA_SFT, "--out", "lora-2")
+    run = place.folder / "lora-2"
+    assert_same_result(place.folder / "lora-1", run, printed, weights=ADAPTER)
+    return run
+
+
+def test_an_adapter_over_two_processes_is_that_of_one(place: Place, adapter_run: Path) -> None:
+    start, end = (
+        load_file(adapter_run / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
+        for step in (1, 4)
+    )
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert moved and all(".lora_" in name for name in moved)
+    for part in (".experts.", ".gate.", ".self_attn."):
+        assert any(part in name for name in moved), part
+
+
+def test_a_dpo_adapter_over_two_processes_is_that_of_one(place: Place) -> None:
+    place.run("rlhf.train", *LORA_DPO, "--out", "dpo-lora-1")
+    printed = place.launch("rlhf.train", *LORA_DPO, "--out", "dpo-lora-2")
+    one, two = place.folder / "dpo-lora-1", place.folder / "dpo-lora-2"
+    assert_same_result(one, two, printed, weights=ADAPTER)
+
+
+def test_two_processes_resume_to_the_bits_of_two_that_were_not_stopped(
+    place: Place, adapter_run: Path
+) -> None:
+    cut = place.folder / "lora-cut"
+    shutil.copytree(adapter_run, cut)
+    shutil.rmtree(cut / "adapter")
+    for step in (2, 3, 4):
+        shutil.rmtree(cut / "checkpoints" / f"checkpoint-{step}")
+    (cut / "status.json").write_text('{"status": "running"}', encoding="utf-8")
+    place.launch("sft.train", "--resume", str(cut))
+    for step in (2, 4):
+        name = f"checkpoints/checkpoint-{step}/MANIFEST.json"
+        assert (cut / name).read_bytes() == (adapter_run / name).read_bytes()
+    manifest = json.loads((cut / name).read_text(encoding="utf-8"))
+    assert manifest["num_processes"] == 2
+    for name in (ADAPTER, "metrics.jsonl", "samples.jsonl"):
+        assert (cut / name).read_bytes() == (adapter_run / name).read_bytes(), name
+    found, expected = (
+        json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in (cut, adapter_run)
+    )
+    found.pop("timings"), expected.pop("timings")
+    assert found == expected
+
+
+def test_one_process_does_not_go_on_for_two_unless_told(
+    place: Place, adapter_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sft.train import main
+
+    cut = place.folder / "lora-alone"
+    shutil.copytree(adapter_run, cut)
+    shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
+    (cut / "status.json").write_text('{"status": "running"}', encoding="utf-8")
+    assert main(["--resume", str(cut)]) == 2
+    assert "num_processes was 2, is 1; the result would not be" in capsys.readouterr().err
+    assert main(["--resume", str(cut), "--allow-changed", "machine"]) == 0
+    alone, two = load_file(cut / ADAPTER), load_file(adapter_run / ADAPTER)
+    for name, tensor in two.items():
+        torch.testing.assert_close(alone[name], tensor, rtol=0, atol=TOLERANCE)
 
 
 def shard_and_step(rank: int, port: int, report: str) -> None:
@@ -214,6 +303,39 @@ def test_launcher_configuration_has_only_keys_that_accelerate_knows(name: str) -
         assert not unknown, f"accelerate launch has no option for {unknown}"
     text = path.read_text(encoding="utf-8")
     assert ("not run" in text.splitlines()[0].lower()) == (name != "ddp_cpu")
+
+
+def test_fsdp_wraps_the_layers_of_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No class is named in the file: accelerate then asks the model, under adapters too."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from moe import MoEConfig, MoEForCausalLM
+    from moe.heads import MoEForValue
+    from sft.adapt import LoraSpec, add_lora
+
+    stored = yaml.safe_load((ACCELERATE / "fsdp2.yaml").read_text(encoding="utf-8"))["fsdp_config"]
+    assert "fsdp_transformer_layer_cls_to_wrap" not in stored
+    monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP", raising=False)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=stored["fsdp_version"],
+        auto_wrap_policy=stored["fsdp_auto_wrap_policy"].lower(),
+    )
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ours = MoEConfig(**sizes, moe_intermediate_size=8, num_experts=4, num_key_value_heads=1)
+    llama = LlamaConfig(**sizes, intermediate_size=16)
+    spec = LoraSpec(rank=2, alpha=4, targets=("attention",))
+    for model in (
+        MoEForCausalLM(ours),
+        MoEForValue(ours),
+        LlamaForCausalLM(llama),
+        add_lora(LlamaForCausalLM(llama), spec),
+    ):
+        wrapped = fsdp2_prepare_auto_wrap_policy(plugin, model)
+        assert wrapped is not None
+        names = [name for name, module in model.named_modules() if wrapped(module)]
+        assert len(names) == 2 and all(".layers." in name for name in names), names
 
 
 def launcher_options(section: str) -> set[str]:

@@ -1,6 +1,7 @@
 """Adapters on named parts: what is trained, what stays, and what is put back."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sft.adapt import (
     lora_targets,
     merged,
     part_of,
+    save_adapter,
     trainable_by_part,
 )
 from sft.checkpoint import live_tensors
@@ -388,6 +390,16 @@ def test_dropout_is_switched_off_under_adapters_and_in_plain_modules() -> None:
     plain = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.3))
     disable_dropout(plain)
     assert plain[1].p == 0.0
+
+
+def test_a_saved_adapter_names_its_targets_in_an_order_that_is_no_sets(tmp_path: Path) -> None:
+    model = add_lora(tiny_lm(), LoraSpec(rank=2, alpha=4, targets=("attention", "experts")))
+    save_adapter(model, tmp_path / "adapter", base="there")
+    document = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text("utf-8"))
+    assert len(document["target_modules"]) > 4
+    for name in ("target_modules", "target_parameters"):
+        assert document[name] == sorted(document[name])
+    assert list(document) == sorted(document)
 
 
 def test_adapters_do_not_tie_or_rename_what_a_checkpoint_holds_of_the_base() -> None:

@@ -1,7 +1,9 @@
 """Checkpoints: whole or absent, verified before they are trusted, strict when they are loaded."""
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from moe.errors import UserError
 from sft.checkpoint import (
     MANIFEST,
     checkpoints,
+    fingerprint_tensors,
     live_tensors,
     load_strictly,
     newest_checkpoint,
@@ -251,6 +254,30 @@ checkpoint.write_checkpoint(
     assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint-2"]
 
 
+@pytest.mark.parametrize("call", ["fsync", "rename", "save_file"])
+def test_a_full_disk_is_told_in_one_sentence_and_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write(tmp_path / "checkpoint-1", value=1.0)
+    place = {"fsync": os, "rename": Path, "save_file": sys.modules["sft.checkpoint"]}[call]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, call, refuse)
+        with pytest.raises(UserError) as caught:
+            write(tmp_path / "checkpoint-2")
+    assert str(caught.value).startswith(
+        f"{tmp_path}/checkpoint-2 could not be written: No space left on device ("
+    )
+    assert str(caught.value).endswith(
+        " MiB are free there). The checkpoints before it are untouched: mend that, then go on by "
+        "--resume."
+    )
+    assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint-1"]
+    assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoint-1", [])
+
+
 # --- rotation
 
 
@@ -261,6 +288,31 @@ def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
     assert len(checkpoints(tmp_path)) == 4
     rotate(tmp_path, keep=2)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
+
+
+def test_rotation_sweeps_up_what_was_left_half_done_also_when_none_is_too_old(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path / "checkpoint-1")
+    write(tmp_path / ".tmp-checkpoint-2-77")
+    (tmp_path / "notes").mkdir()
+    rotate(tmp_path, keep=5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "notes"]
+
+
+def test_a_checkpoint_has_lost_its_name_before_a_file_of_it_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        write(tmp_path / f"checkpoint-{step}")
+    named: list[list[str]] = []
+
+    def deleting(path: Path) -> None:
+        named.append([folder.name for folder in checkpoints(tmp_path)])
+
+    monkeypatch.setattr(shutil, "rmtree", deleting)
+    rotate(tmp_path, keep=1)
+    assert named == [["checkpoint-2"]]
 
 
 def test_rotation_never_counts_on_a_checkpoint_that_does_not_verify(
@@ -311,6 +363,23 @@ def test_loading_copies_every_tensor_and_keeps_the_tie() -> None:
     assert torch.equal(target.embed.weight, source.embed.weight)
     assert target.head.weight is target.embed.weight
     assert torch.equal(target.kept, torch.full((2,), 5.0))
+
+
+def test_a_fingerprint_is_of_names_types_shapes_and_values() -> None:
+    model = Tied()
+    first = fingerprint_tensors(model)
+    assert len(first) == 16 and fingerprint_tensors(model) == first
+    model.derived.fill_(3.0)  # no tensor of a checkpoint
+    assert fingerprint_tensors(model) == first
+    with torch.no_grad():
+        model.embed.weight[1, 2] += 1e-6
+    changed = fingerprint_tensors(model)
+    renamed, turned = nn.Module(), nn.Module()
+    renamed.other = nn.Parameter(torch.zeros(2, 3))
+    turned.other = nn.Parameter(torch.zeros(3, 2))
+    prints = [first, changed, fingerprint_tensors(renamed), fingerprint_tensors(turned)]
+    assert fingerprint_tensors(turned.bfloat16()) not in prints
+    assert len(set(prints)) == 4
 
 
 @pytest.mark.parametrize(

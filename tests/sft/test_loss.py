@@ -41,6 +41,39 @@ def test_nan_logits_where_nothing_is_learned_do_not_reach_the_value() -> None:
     assert torch.equal(language_model_loss(logits_BSV, labels_BS).loss_sum, expected)
 
 
+def test_nan_logits_where_nothing_is_learned_do_not_reach_the_gradient() -> None:
+    logits_BSV = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    labels_BS = torch.tensor([[-100, 1, -100, 3], [-100, -100, -100, 2]])
+    unlearned_BS = torch.ones(2, 4, dtype=torch.bool)
+    unlearned_BS[:, :-1] = labels_BS[:, 1:] == -100
+    clean = logits_BSV.clone().requires_grad_(True)
+    dirty = logits_BSV.masked_fill(unlearned_BS[..., None], float("nan")).requires_grad_(True)
+    for logits in (clean, dirty):
+        language_model_loss(logits, labels_BS).loss_sum.backward()
+    assert clean.grad is not None and dirty.grad is not None
+    assert torch.equal(dirty.grad, clean.grad)
+    assert not dirty.grad[unlearned_BS].any()
+    assert dirty.grad[~unlearned_BS].any()
+
+
+def test_leaving_out_what_is_not_learned_costs_no_bit_of_value_or_gradient() -> None:
+    """Against cross-entropy with ignore_index, which only lets NaN through."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        logits_BSV = torch.randn(5, 67, 41, generator=generator) * 3
+        labels_BS = torch.randint(0, 41, (5, 67), generator=generator)
+        labels_BS[torch.rand(5, 67, generator=generator) < 0.6] = -100
+        ours, theirs = (logits_BSV.clone().requires_grad_(True) for _ in range(2))
+        loss = language_model_loss(ours, labels_BS).loss_sum
+        plain = torch.nn.functional.cross_entropy(
+            theirs[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten(), reduction="sum"
+        )
+        assert torch.equal(loss, plain)
+        loss.backward(), plain.backward()
+        assert ours.grad is not None and theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
+
+
 def test_a_batch_without_labels_is_a_zero_that_has_no_mean() -> None:
     logits_BSV = torch.randn(1, 3, 5, requires_grad=True)
     output = language_model_loss(logits_BSV, torch.full((1, 3), -100))

@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,6 +24,7 @@ from sft.loss import LossOutput
 from sft.order import StepOrder
 from sft.rows import SupervisedCollator
 from sft.settings import BalancePolicy, TrainSettings
+from sft.state import Change, load_rng_state, rng_state
 from sft.trainer import Diverged, SFTTrainer, StageTrainer
 
 Rows = list[Any]
@@ -651,29 +650,6 @@ def test_a_checkpoint_holds_no_pickle_and_tied_weights_once(tmp_path: Path) -> N
     assert "lm_head.weight" not in names
 
 
-def test_a_fresh_process_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    whole = resumable(tmp_path / "whole", lora=True, seed=0)
-    whole.fit()
-    folder = copied(tmp_path / "whole", tmp_path / "fresh", step=2)
-    program = (
-        "import sys; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
-        f"sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
-        "import test_trainer\n"
-        "test_trainer.resumable(Path(sys.argv[1]), lora=True, seed=5).fit(resume=True)\n"
-    )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(folder)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert checksums(folder / "checkpoint-5") == checksums(tmp_path / "whole" / "checkpoint-5")
-
-
 def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -710,7 +686,9 @@ def test_a_training_whose_checkpoints_are_all_damaged_begins_anew_and_ends(
         assert made.optimizer_steps == 3
         assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-3"]
         (tmp_path / "checkpoint-3" / "rng.json").write_text("{}", encoding="utf-8")
-    assert "checkpoint-3/rng.json is missing or cut short" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "checkpoint-3/rng.json is missing or cut short" in told
+    assert f"No checkpoint in {tmp_path} is whole: beginning at step 0.\n" in told
 
 
 def test_as_many_checkpoints_are_kept_as_asked(tmp_path: Path) -> None:
@@ -719,39 +697,69 @@ def test_as_many_checkpoints_are_kept_as_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "sentence", "kind"),
     [
-        ({"stage": "pretrain"}, "stage was sft, is pretrain;"),
-        ({"fingerprints": {"rows": "xyz"}}, "fingerprint of rows was abc, is xyz;"),
-        ({"fingerprints": {}}, "fingerprint of rows was abc, is None;"),
+        ({"stage": "pretrain"}, "stage was sft, is pretrain;", None),
+        ({"fingerprints": {"rows": "xyz"}}, "fingerprint of rows was abc, is xyz;", "data"),
+        ({"fingerprints": {}}, "fingerprint of rows was abc, is None;", "data"),
         (
             {"fingerprints": {"rows": "abc", "tokenizer": "t"}},
             "fingerprint of tokenizer was None, is t;",
+            "tokenizer",
+        ),
+        (
+            {"fingerprints": {"rows": "abc", "model": "m"}},
+            "fingerprint of model was None, is m;",
+            "model",
         ),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(
-    tmp_path: Path, options: dict[str, Any], sentence: str
+def test_a_checkpoint_of_another_run_is_refused_unless_that_is_allowed(
+    tmp_path: Path, options: dict[str, Any], sentence: str, kind: str | None
 ) -> None:
     resumable(tmp_path, lora=False, seed=0).fit()
     copied(tmp_path, tmp_path / "again", step=2)
+    way = "" if kind is None else f" --allow-changed {kind} goes on all the same."
     again = resumable(tmp_path / "again", lora=False, seed=0, **options)
     with pytest.raises(UserError) as caught:
         again.fit(resume=True)
     assert str(caught.value) == (
         f"{tmp_path}/again/checkpoint-2 cannot be resumed: {sentence} the result would not be that "
-        "of the uninterrupted run."
+        f"of the uninterrupted run.{way}"
     )
 
 
-@pytest.mark.parametrize("key", ["threads", "num_processes"])
+@pytest.mark.parametrize("key", ["threads", "num_processes", "device"])
 def test_a_checkpoint_of_another_machine_layout_is_refused(tmp_path: Path, key: str) -> None:
     resumable(tmp_path, lora=False, seed=0).fit()
     copied(tmp_path, tmp_path / "again", step=2)
     path = tmp_path / "again" / "checkpoint-2" / MANIFEST
     manifest = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**manifest, key: 7}), encoding="utf-8")
-    with pytest.raises(UserError, match=f"cannot be resumed: {key} was 7, is 1; the result"):
+    now = "cpu" if key == "device" else 1
+    with pytest.raises(UserError, match=f"cannot be resumed: {key} was 7, is {now}; the result"):
+        resumable(tmp_path / "again", lora=False, seed=0).fit(resume=True)
+    told: list[Any] = []
+    allowed = resumable(
+        tmp_path / "again",
+        lora=False,
+        seed=0,
+        allow_changed=("machine",),
+        on_resume=lambda step, changes: told.append((step, changes)),
+    )
+    allowed.fit(resume=True)
+    assert told == [(2, (Change(kind="machine", what=key, was=7, now=now),))]
+    assert allowed.state.global_step == 5
+
+
+def test_a_checkpoint_of_an_earlier_format_is_refused(tmp_path: Path) -> None:
+    resumable(tmp_path, lora=False, seed=0).fit()
+    copied(tmp_path, tmp_path / "again", step=2)
+    path = tmp_path / "again" / "checkpoint-2" / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    del manifest["format"]
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(UserError, match="another version of this code .format 1, this is 2.: go"):
         resumable(tmp_path / "again", lora=False, seed=0).fit(resume=True)
 
 
@@ -762,6 +770,116 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         UserError, match="tensors are missing from .*checkpoint-2, first base_model"
     ):
         resumable(tmp_path / "again", lora=True, seed=0).fit(resume=True)
+
+
+def test_a_training_is_not_begun_over_the_checkpoints_of_another(tmp_path: Path) -> None:
+    trained(tmp_path, max_steps=4, save_steps=2, keep_checkpoints=1)
+    before = checksums(tmp_path / "checkpoint-4")
+    with pytest.raises(UserError, match="holds checkpoint-4 of an earlier training: go on with it"):
+        trained(tmp_path, max_steps=4, save_steps=2, keep_checkpoints=1)
+    assert checksums(tmp_path / "checkpoint-4") == before
+
+
+class Frozen(SFTTrainer):
+    """A trainer that computes with a model of its own beside the one it trains."""
+
+    judge: nn.Module
+
+    def frozen_models(self) -> dict[str, nn.Module]:
+        return {"judge": self.judge}
+
+
+def test_a_frozen_model_is_known_by_its_fingerprint_and_another_is_refused(tmp_path: Path) -> None:
+    made: Any = trainer(tiny_lm(), tmp_path, kind=Frozen, save_steps=2)
+    made.judge = tiny_lm(5)
+    made.fit()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    again: Any = trainer(tiny_lm(), tmp_path, kind=Frozen, save_steps=2)
+    again.judge = tiny_lm(6)
+    with pytest.raises(UserError, match="fingerprint of judge was .*--allow-changed model goes on"):
+        again.fit(resume=True)
+    same: Any = trainer(tiny_lm(), tmp_path, kind=Frozen, save_steps=2)
+    same.judge = tiny_lm(5)
+    same.fit(resume=True)
+    assert largest_difference(same.model, made.model) == 0.0
+
+
+def test_allowed_settings_take_effect_from_the_checkpoint_on(tmp_path: Path) -> None:
+    trained(tmp_path, max_steps=4, save_steps=2, lr_schedule="linear", lr=0.4)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    told: list[Any] = []
+    again = trainer(
+        tiny_lm(),
+        tmp_path,
+        max_steps=8,
+        save_steps=2,
+        lr_schedule="linear",
+        lr=0.8,
+        weight_decay=0.1,
+        options={
+            "allow_changed": ("settings",),
+            "on_resume": lambda step, changes: told.extend((step, *changes)),
+        },
+    )
+    again.fit(resume=True)
+    assert told[0] == 2
+    assert {c.what: (c.was, c.now) for c in told[1:]} == {
+        "lr": (0.4, 0.8),
+        "max_steps": (4, 8),
+        "weight_decay": (0.0, 0.1),
+    }
+    rates = {row["step"]: row["train/learning_rate"] for row in again.state.log_history}
+    # Two steps of 0.4 falling to 0 over 4; then what 0.8 over 8 has at steps 2, 3, ...
+    assert [rates[step] for step in range(1, 9)] == pytest.approx(
+        [0.4, 0.3, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    )
+    plain: Any = again.optimizer
+    assert {group["weight_decay"] for group in plain.param_groups} == {0.1, 0.0}
+    # It goes on with other settings, and the next resume compares with these.
+    assert read_checkpoint(tmp_path / "checkpoint-8").documents["settings"]["lr"] == 0.8  # type: ignore[index,call-overload]
+
+
+def test_nothing_changed_is_told_as_nothing_and_leaves_every_bit(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "a", max_steps=4, save_steps=2)
+    copied(tmp_path / "a", tmp_path / "b", step=2)
+    told: list[Any] = []
+    everything = ("data", "tokenizer", "model", "settings", "machine")
+    again = trainer(
+        tiny_lm(seed=9),
+        tmp_path / "b",
+        max_steps=4,
+        save_steps=2,
+        options={
+            "allow_changed": everything,
+            "on_resume": lambda step, changes: told.append((step, changes)),
+        },
+    )
+    again.fit(resume=True)
+    assert told == [(2, ())]
+    assert largest_difference(again.model, whole.model) == 0.0
+
+
+def test_every_generator_is_saved_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's is stood in for: what is asked of it, and what it is given back."""
+    given: list[Any] = []
+    state = torch.arange(16, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: state)
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda held, device: given.append((held, device))
+    )
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+
+    def draw() -> tuple[float, float, float, float]:
+        return random.random(), np.random.random(), float(np.random.normal()), float(torch.rand(()))
+
+    held, without = rng_state(gpu), rng_state(cpu)
+    assert set(held[0]) == {"torch", "cuda"} and set(without[0]) == {"torch"}
+    first = draw()
+    for device in (gpu, cpu):
+        tensors, words = held if device is gpu else without
+        load_rng_state(tensors, json.loads(json.dumps(words)), device=device)
+        assert draw() == first
+    assert given == [(state, gpu)]
 
 
 def test_resuming_with_another_learning_rate_is_refused_and_with_another_log_step_is_not(
