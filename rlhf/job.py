@@ -5,7 +5,7 @@ its adapter and the adapter itself, frozen, is the reference; with --lora-rank o
 is the base with adapters off; a full update is measured from a frozen copy.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -191,10 +191,15 @@ def pair_rows(job: Job) -> tuple[Rows[PreferenceRow], Rows[PreferenceRow], list[
     return train, val, [head, *dict.fromkeys((*job.train.notes, *train.notes))]
 
 
-def batches_of(job: Job, rows: Sequence[PreferenceRow]) -> list[dict[str, Tensor]]:
-    """Rows as batches on the device, for a pass without gradients."""
-    size = job.micro_batch
-    batches = [job.collator(rows[i : i + size]) for i in range(0, len(rows), size)]
+def batches_of(
+    job: Job,
+    rows: Sequence[Any],
+    *,
+    collator: Callable[[Sequence[Any]], dict[str, Tensor]] | None = None,
+) -> list[dict[str, Tensor]]:
+    """Rows (pairs, or what the collator takes) as batches on the device, without gradients."""
+    size, collate = job.micro_batch, collator or job.collator
+    batches = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
     return [{name: x.to(job.device) for name, x in batch.items()} for batch in batches]
 
 

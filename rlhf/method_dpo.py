@@ -25,6 +25,8 @@ def train_dpo(job: Job) -> None:
     """Direct preference optimisation of a policy on pairs."""
     config = job.config
     rows, val_rows, data = pair_rows(job)
+    if rows and "margin" in rows[0]:
+        data.append("the margins are not used: DPO's loss has none")
     policy = make_policy(job)
     loss = DPOLoss(beta=config.beta, label_smoothing=config.label_smoothing)
     settings = job.settings(len(rows))

@@ -8,9 +8,9 @@ Shapes: B rows, S sequence.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel
 from moe import MoEConfig, MoEForValue
 from moe.errors import UserError
 from moe.generation import positions
-from moe.heads import last_real_position
+from moe.heads import init_scalar_head, last_real_position
 from rlhf.losses.bradley_terry import BradleyTerryLoss
-from sft.adapt import disable_dropout
+from sft.adapt import base_of, disable_dropout
 from sft.loss import LossOutput
 from sft.settings import BalancePolicy, TrainSettings
 from sft.trainer import StageTrainer
@@ -30,8 +30,8 @@ from sft.trainer import StageTrainer
 def scalar_model(causal_lm: PreTrainedModel) -> PreTrainedModel:
     """A model with the language model's backbone (copied) and a fresh scalar head, per token.
 
-    The head starts N(0, 1/sqrt(D+1)) with bias 0 (Stiennon et al. 2020). Takes our model and every
-    family with a token-classification class; raises `UserError` for the others.
+    The head starts as `moe.heads.init_scalar_head` says. Takes our model and every family with a
+    token-classification class; raises `UserError` for the others.
     """
     config = copy.deepcopy(causal_lm.config)
     config.num_labels = 1
@@ -47,10 +47,7 @@ def scalar_model(causal_lm: PreTrainedModel) -> PreTrainedModel:
                 "scalar head needs: use another family."
             ) from error
     model.base_model.load_state_dict(causal_lm.base_model.state_dict())
-    head = scalar_head(model)
-    with torch.no_grad():
-        nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-        nn.init.zeros_(head.bias)
+    init_scalar_head(scalar_head(model))
     disable_dropout(model)
     return model
 
@@ -116,7 +113,10 @@ class ModelReward:
 
 
 class RewardTrainer(StageTrainer):
-    """Bradley-Terry on pairs; the reward model's own router is observed and balanced."""
+    """Bradley-Terry on pairs; the reward model's own router is observed and balanced.
+
+    A batch may hold `margin` (B,): how much the chosen one is asked to be ahead.
+    """
 
     def __init__(
         self,
@@ -141,19 +141,94 @@ class RewardTrainer(StageTrainer):
     def objective(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
         score_B = sequence_scores(model, batch["input_ids"], batch["attention_mask"])
         chosen_B, rejected_B = score_B.chunk(2)
-        return self.loss(chosen_B, rejected_B)
+        return self.loss(chosen_B, rejected_B, margin_B=batch.get("margin"))
 
 
 @torch.no_grad()
-def center_reward(model: nn.Module, score_B: Tensor) -> float:
-    """Shift the head's bias so that these scores (of reference samples) have mean 0; the shift.
+def batch_scores(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
+    """The scores of each batch's rows, (rows,) float32, without dropout or gradients."""
+    was_training = model.training
+    model.eval()
+    scores = [
+        sequence_scores(model, batch["input_ids"], batch["attention_mask"]) for batch in batches
+    ]
+    model.train(was_training)
+    return scores
 
-    Stiennon et al. 2020: the reward model is normalised after training. It lives in the bias, so
-    every checkpoint and export has it.
+
+def pair_gaps(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """chosen - rejected of every pair, (B,) float32, over batches of the preference collator.
+
+    Raises ValueError without pairs.
     """
-    shift = -float(score_B.double().mean())
-    scalar_head(model).bias.add_(shift)
-    return shift
+    sides = [score_B.chunk(2) for score_B in batch_scores(model, batches)]
+    if not sides:
+        raise ValueError("no pairs to measure the accuracy on")
+    return torch.cat([chosen_B - rejected_B for chosen_B, rejected_B in sides])
+
+
+# After training: where the scores lie.
+
+NormalizeMode = Literal["mean", "std"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardNormalization:
+    """What was done to a trained reward model: score = gain * score as trained + shift.
+
+    Bradley-Terry probabilities are of the scores as trained: sigma(difference / gain).
+    num_scores, source: of the reference samples.
+    """
+
+    mode: NormalizeMode
+    gain: float
+    shift: float
+    num_scores: int
+    source: str
+
+
+@torch.no_grad()
+def normalize_reward(
+    model: nn.Module, score_N: Tensor, *, mode: NormalizeMode, source: str = "reference samples"
+) -> RewardNormalization:
+    """Change the head so that these scores (of reference samples) get mean 0 and, by "std", std 1.
+
+    "mean": Stiennon et al. 2020; Huang et al. 2024 take SFT demonstrations. "std": the gain and
+    bias of Ziegler et al. 2019, here after training only. It is done to the head's weight and bias,
+    so every checkpoint and export has it; the model's configuration says what was done
+    (`reward_normalization`). Raises UserError when the scores are not finite or, for "std", equal.
+    """
+    num_finite = int(torch.isfinite(score_N).sum())
+    if num_finite == 0 or num_finite < score_N.numel():
+        raise UserError(
+            f"normalising needs finite scores: {num_finite} of the {score_N.numel()} of {source} "
+            "are finite. Give reference samples, or look at the training (a lower --lr?)."
+        )
+    mean, std = float(score_N.double().mean()), float(score_N.double().std(correction=0))
+    if mode == "std" and std <= 1e-6 * abs(mean):
+        raise UserError(
+            f"all {score_N.numel()} scores of {source} are {mean:g}: there is no deviation to "
+            "scale to 1. Normalise the mean only (--normalize mean)."
+        )
+    gain = 1.0 / std if mode == "std" else 1.0
+    done = RewardNormalization(
+        mode=mode, gain=gain, shift=-gain * mean, num_scores=score_N.numel(), source=source
+    )
+    head = scalar_head(model)
+    head.weight.mul_(done.gain)
+    head.bias.mul_(done.gain).add_(done.shift)
+    config: Any = getattr(base_of(model), "config", None)
+    if config is not None:
+        config.reward_normalization = asdict(done)
+    return done
+
+
+def center_reward(model: nn.Module, score_B: Tensor) -> float:
+    """Shift the head's bias so that these scores (of reference samples) have mean 0; the shift."""
+    return normalize_reward(model, score_B, mode="mean").shift
+
+
+# How often it is right.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,29 +242,22 @@ class RewardAccuracy:
     num_pairs: int
 
 
-@torch.no_grad()
-def reward_accuracy(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> RewardAccuracy:
-    """Accuracy over batches of the preference collator. Raises ValueError without pairs."""
-    was_training = model.training
-    model.eval()
-    gaps = []
-    for batch in batches:
-        score_B = sequence_scores(model, batch["input_ids"], batch["attention_mask"])
-        chosen_B, rejected_B = score_B.chunk(2)
-        gaps.append(chosen_B - rejected_B)
-    model.train(was_training)
-    if not gaps:
-        raise ValueError("no pairs to measure the accuracy on")
-    gap = torch.cat(gaps)
-    right = float((gap > 0).double().sum() + 0.5 * (gap == 0).double().sum())
-    low, high = wilson_interval(right, len(gap))
+def accuracy_of(gap_B: Tensor) -> RewardAccuracy:
+    """The accuracy of any score: gap_B (B,), B > 0, is chosen - rejected."""
+    right = float((gap_B > 0).double().sum() + 0.5 * (gap_B == 0).double().sum())
+    low, high = wilson_interval(right, len(gap_B))
     return RewardAccuracy(
-        accuracy=right / len(gap),
+        accuracy=right / len(gap_B),
         low=low,
         high=high,
-        margin=float(gap.mean()),
-        num_pairs=len(gap),
+        margin=float(gap_B.mean()),
+        num_pairs=len(gap_B),
     )
+
+
+def reward_accuracy(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> RewardAccuracy:
+    """Accuracy over batches of the preference collator. Raises ValueError without pairs."""
+    return accuracy_of(pair_gaps(model, batches))
 
 
 def wilson_interval(successes: float, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
