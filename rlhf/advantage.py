@@ -56,21 +56,35 @@ def token_rewards(
     *,
     mask_BR: Tensor,
     kl_coef: float,
+    score_mask_BR: Tensor | None = None,
 ) -> Tensor:
     """-kl_coef * k1 at every real token, plus the score at the last one: reward_BR.
 
     logp_BR: of the policy that sampled the tokens. The score stands on the last real token, not on
     the place after it as in Huang et al. 2024 (N+): no value has to be estimated beyond the end.
+    score_mask_BR: `one_longer(mask_BR)` puts it there all the same, for a reproduction.
     A row without a real token gets no reward.
     """
-    check_same_shape(logp=logp_BR, ref_logp=ref_logp_BR, mask=mask_BR)
+    score_mask_BR = mask_BR if score_mask_BR is None else score_mask_BR
+    check_same_shape(logp=logp_BR, ref_logp=ref_logp_BR, mask=mask_BR, score_mask=score_mask_BR)
     check_same_shape(score=score_B, rows=mask_BR.any(dim=1))
-    mask_BR = mask_BR.bool()
+    mask_BR, score_mask_BR = mask_BR.bool(), score_mask_BR.bool()
     penalty_BR = -kl_coef * kl.k1(where_real(logp_BR, mask_BR), where_real(ref_logp_BR, mask_BR))
-    num_left_BR = mask_BR.long().flip(1).cumsum(1).flip(1)
-    is_last_BR = mask_BR & (num_left_BR == 1)
+    num_left_BR = score_mask_BR.long().flip(1).cumsum(1).flip(1)
+    is_last_BR = score_mask_BR & (num_left_BR == 1)
     score_B1 = score_B[:, None].to(penalty_BR.dtype)
     return torch.where(is_last_BR, penalty_BR + score_B1, torch.where(mask_BR, penalty_BR, 0.0))
+
+
+def one_longer(mask_BR: Tensor) -> Tensor:
+    """The mask and the place after each row's last real token, where the width has one.
+
+    TRL's and N+'s `padding_mask_p1` is its opposite. For rows without gaps; one without a real
+    token stays empty.
+    """
+    mask_BR = mask_BR.bool()
+    before_BR = torch.cat([torch.zeros_like(mask_BR[:, :1]), mask_BR[:, :-1]], dim=1)
+    return mask_BR | before_BR
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 class KLController(Protocol):
-    """Holds the coefficient of the KL in the reward and may move it after each update."""
+    """Holds the coefficient of the KL, in reward or loss, and may move it after each update."""
 
     @property
     def coef(self) -> float: ...
@@ -58,7 +58,7 @@ class KLController(Protocol):
 
 @dataclass(frozen=True)
 class FixedKL:
-    """A coefficient that stays; 0 switches the KL in the reward off."""
+    """A coefficient that stays; 0 switches the KL off."""
 
     coef: float
 

@@ -10,6 +10,7 @@ from torch import nn
 from moe.errors import UserError
 from rlhf.job import (
     Job,
+    Policy,
     answer_prompts,
     make_policy,
     sample_prompts,
@@ -18,13 +19,12 @@ from rlhf.job import (
 from rlhf.kl import AdaptiveKL, FixedKL, KLController
 from rlhf.method_rm import weakness
 from rlhf.options import Config
-from rlhf.ppo import PPOSettings, PPOTrainer
-from rlhf.reward import (
-    ModelReward,
-)
+from rlhf.ppo import PPOTrainer
+from rlhf.reward import ModelReward, RewardSource
 from rlhf.scores import PolicyScores, score_policy
 from sft.adapt import base_of
 from sft.command import refuse_idle
+from sft.data import read_examples, require
 from sft.models import (
     adapted,
     find_model,
@@ -32,8 +32,16 @@ from sft.models import (
     load_scalar_model,
     lora_spec,
 )
-from sft.rows import PromptRow, Rows, prompt_rows
+from sft.rows import (
+    PromptRow,
+    Rows,
+    SupervisedRow,
+    document_rows,
+    prompt_rows,
+    supervised_rows,
+)
 from sft.session import (
+    Session,
     before_and_after,
     is_sharded,
     latest,
@@ -44,7 +52,7 @@ EVALUATION_PROMPTS = 64  # held-out prompts that a PPO policy is measured on
 
 
 def train_ppo(job: Job) -> None:
-    """Proximal policy optimisation against a reward model; the critic starts as its copy."""
+    """Proximal policy optimisation against a reward model."""
     config, text_path = job.config, job.text_path
     assert config.reward_model is not None
     if is_sharded():
@@ -56,32 +64,25 @@ def train_ppo(job: Job) -> None:
     policy = make_policy(job)
     reward_model = load_scalar_model(config.reward_model).requires_grad_(False)
     reward = ModelReward(model=reward_model.to(job.device), batch_size=job.micro_batch)
-    critic: nn.Module = load_scalar_model(config.reward_model)
-    if policy.spec is not None:
-        parts = lora_spec(critic, rank=policy.spec.rank, alpha=None, targets=("auto",))
-        critic = adapted(critic, parts, seed=config.seed)
-    ppo = _ppo_settings(config)
+    critic = _critic(job, policy)
+    ppo = config.ppo_settings()
     settings = job.settings(
         len(job.train),
         max_steps=ppo.steps,
         batch_size=ppo.minibatch_size,
         log_steps=config.log_steps or ppo.epochs * ppo.minibatches,
-        adam_eps=1e-5,
+        adam_eps=1e-5,  # 28
         activation_checkpointing=False,  # the loop cannot reach into policy and critic
     )
     if config.activation_checkpointing:
-        for model in (policy.model, critic):
+        for model in filter(None, (policy.model, critic)):
             inner: Any = base_of(model)
             inner.activation_checkpointing_enable()
     room = config.max_length - config.max_new_tokens
     rows = prompt_rows(job.train, text_path, max_prompt_length=room)
-    val_rows = Rows[PromptRow]([])
-    if len(job.val):
-        kept = job.val.select(range(min(len(job.val), EVALUATION_PROMPTS)))
-        val_rows = prompt_rows(kept, text_path, max_prompt_length=room)
-    reward_files = find_model(config.reward_model).files
-    idle |= policy.idle
-    with job.session(idle, reward_model=fingerprint_files(reward_files)) as session:
+    texts = _texts(job)
+    evaluation = _Evaluation(job, policy, reward=reward, rows=_held_out(job, room))
+    with job.session(idle | policy.idle, **_more_fingerprints(config)) as session:
         trainer = PPOTrainer(
             policy.model,
             settings,
@@ -93,90 +94,137 @@ def train_ppo(job: Job) -> None:
             kl_controller=_kl_controller(config),
             pad_id=text_path.pad_id,
             stop_ids=text_path.stop_ids,
+            ptx_rows=texts,
             balance=policy.balance,
             **session.trainer_options(),
         )
         data = [f"{job.train.name}: {len(rows):,} prompts, {len(job.val):,} held out", *rows.notes]
+        if texts is not None:
+            data += [f"{config.ptx_data}: {len(texts):,} texts mixed in", *texts.notes]
         job.header(session, trainer, size=policy.size, data=[*data, remark])
-        prompts, origin = sample_prompts(job)
-
-        def look() -> tuple[PolicyScores | None, list[str]]:
-            scores = None
-            if val_rows:
-                scores = score_policy(
-                    policy.model,
-                    policy.reference,
-                    reward=reward,
-                    rows=val_rows,
-                    text_path=text_path,
-                    max_new_tokens=config.max_new_tokens,
-                    temperature=config.temperature,
-                    seed=config.seed,
-                    device=job.device,
-                )
-            return scores, answer_prompts(job, policy.model, prompts)
-
-        before, texts_before = look()
+        before = evaluation.look()
         seconds = session.fit(trainer, resume=config.resume is not None)
-        after, texts_after = look()
-        last = latest(trainer)
-        lines = [
-            f"last update: reward {last['reward/score']:+.4f}, "
-            f"KL {last['policy/kl_sequence']:.4f}, length {last['rollout/length']:.1f}, "
-            f"entropy {last['policy/entropy']:.3f}"
-        ]
-        if before is not None and after is not None:
-            lines.append(
-                f"on {after.num_prompts} held-out prompts: reward {before.reward:+.4f} -> "
-                f"{after.reward:+.4f}, KL {after.kl:.4f} nats, length {before.length:.1f} -> "
-                f"{after.length:.1f}, entropy {before.entropy:.3f} -> {after.entropy:.3f}"
-            )
-            names = ("reward", "kl", "length", "entropy", "ended")
-            session.log(
-                {f"eval/{n}": (getattr(after, n), after.num_prompts) for n in names},
-                step=settings.max_steps,
-            )
-        session.leave(
-            {
-                "method": "ppo",
-                "steps": settings.max_steps,
-                "tokens_generated": trainer.tokens_generated,
-                "last_update": {
-                    "reward": last["reward/score"],
-                    "kl": last["policy/kl_sequence"],
-                    "length": last["rollout/length"],
-                    "entropy": last["policy/entropy"],
-                },
-                "before": None if before is None else asdict(before),
-                "after": None if after is None else asdict(after),
-                "samples_from": origin if prompts else None,
-            },
-            samples=before_and_after(prompts, texts_before, texts_after),
-            seconds=seconds,
-        )
+        after = evaluation.look()
+        lines = _leave(session, trainer, evaluation, before=before, after=after, seconds=seconds)
         save_trained(job, session, policy.model, lines)
 
 
-def _ppo_settings(config: Config) -> PPOSettings:
-    return PPOSettings(
-        updates=config.updates,
-        episodes=config.episodes,
-        epochs=config.ppo_epochs,
-        minibatches=config.minibatches,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        gamma=config.gamma,
-        lam=config.lam,
-        clip=config.clip,
-        value_clip=config.value_clip,
-        value_coef=config.value_coef,
-        entropy_coef=config.entropy_coef,
-        whiten_rewards=config.whiten_rewards,
-        whiten_advantages=config.whiten_advantages,
-        missing_eos_penalty=config.missing_eos_penalty,
-        score_clip=config.score_clip,
-        critic_lr_scale=config.critic_lr_scale,
+def _critic(job: Job, policy: Policy) -> nn.Module | None:
+    """A copy of the reward model, with the policy's kind of adapters; None for a shared trunk."""
+    if job.config.critic == "shared":
+        return None
+    assert job.config.reward_model is not None
+    critic: nn.Module = load_scalar_model(job.config.reward_model)
+    if policy.spec is not None:
+        parts = lora_spec(critic, rank=policy.spec.rank, alpha=None, targets=("auto",))
+        critic = adapted(critic, parts, seed=job.config.seed)
+    return critic
+
+
+def _texts(job: Job) -> Rows[SupervisedRow] | None:
+    """The rows of --ptx-data: plain texts in blocks, or conversations whose answers are learned."""
+    if job.config.ptx_data is None:
+        return None
+    examples = read_examples(job.config.ptx_data)
+    if examples.kind == "document":
+        return document_rows(examples, job.text_path, block=job.config.max_length)
+    return supervised_rows(require(examples, "instruction"), job.text_path)
+
+
+def _held_out(job: Job, room: int) -> Rows[PromptRow]:
+    if not len(job.val):
+        return Rows([])
+    kept = job.val.select(range(min(len(job.val), EVALUATION_PROMPTS)))
+    return prompt_rows(kept, job.text_path, max_prompt_length=room)
+
+
+def _more_fingerprints(config: Config) -> dict[str, str]:
+    assert config.reward_model is not None
+    found = {"reward_model": fingerprint_files(find_model(config.reward_model).files)}
+    if config.ptx_data is not None:
+        found["ptx_data"] = fingerprint_files([config.ptx_data])
+    return found
+
+
+class _Evaluation:
+    """What the policy is measured by, before and after: held-out prompts, and answers to show."""
+
+    def __init__(
+        self, job: Job, policy: Policy, *, reward: RewardSource, rows: Rows[PromptRow]
+    ) -> None:
+        self.job, self.policy, self.reward, self.rows = job, policy, reward, rows
+        self.prompts, origin = sample_prompts(job)
+        self.origin = origin if self.prompts else None
+
+    def look(self) -> tuple[PolicyScores | None, list[str]]:
+        """Scores on the held-out prompts, None without any, and the answers."""
+        job, scores = self.job, None
+        if self.rows:
+            scores = score_policy(
+                self.policy.model,
+                self.policy.reference,
+                reward=self.reward,
+                rows=self.rows,
+                text_path=job.text_path,
+                max_new_tokens=job.config.max_new_tokens,
+                temperature=job.config.temperature,
+                seed=job.config.seed,
+                device=job.device,
+            )
+        return scores, answer_prompts(job, self.policy.model, self.prompts)
+
+
+def _leave(
+    session: Session,
+    trainer: PPOTrainer,
+    evaluation: _Evaluation,
+    *,
+    before: tuple[PolicyScores | None, list[str]],
+    after: tuple[PolicyScores | None, list[str]],
+    seconds: float,
+) -> list[str]:
+    """Write the run's summary and samples; the lines that tell of them."""
+    last = latest(trainer)
+    steps, skipped = trainer.settings.max_steps, trainer.brake.skipped_steps
+    (scores_before, texts_before), (scores_after, texts_after) = before, after
+    if scores_after is not None:
+        names = ("reward", "kl", "length", "entropy", "ended")
+        found = {f"eval/{n}": (getattr(scores_after, n), scores_after.num_prompts) for n in names}
+        session.log(found, step=steps)
+    session.leave(
+        {
+            "method": "ppo",
+            "steps": steps,
+            **({"skipped_steps": skipped} if trainer.brake.is_on else {}),
+            "tokens_generated": trainer.tokens_generated,
+            "last_update": {
+                "reward": last["reward/score"],
+                "kl": last["policy/kl_sequence"],
+                "length": last["rollout/length"],
+                "entropy": last["policy/entropy"],
+            },
+            "before": None if scores_before is None else asdict(scores_before),
+            "after": None if scores_after is None else asdict(scores_after),
+            "samples_from": evaluation.origin,
+        },
+        samples=before_and_after(evaluation.prompts, texts_before, texts_after),
+        seconds=seconds,
     )
+    lines = [
+        f"last update: reward {last['reward/score']:+.4f}, "
+        f"KL {last['policy/kl_sequence']:.4f}, length {last['rollout/length']:.1f}, "
+        f"entropy {last['policy/entropy']:.3f}"
+    ]
+    if trainer.brake.is_on:
+        lines.append(f"{skipped} of {steps} steps were left out (--target-kl, --ratio-threshold)")
+    if scores_before is not None and scores_after is not None:
+        one, two = scores_before, scores_after
+        lines.append(
+            f"on {two.num_prompts} held-out prompts: reward {one.reward:+.4f} -> "
+            f"{two.reward:+.4f}, KL {two.kl:.4f} nats, length {one.length:.1f} -> "
+            f"{two.length:.1f}, entropy {one.entropy:.3f} -> {two.entropy:.3f}"
+        )
+    return lines
 
 
 def _kl_controller(config: Config) -> KLController:

@@ -4,11 +4,12 @@ Apart from the command and from the work, so that both can import them and a mis
 answered before torch is imported.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 from moe.errors import UserError
+from rlhf.ppo_settings import PPOSettings
 from sft.command import BalanceScope, TrainingConfig, option
 
 COMMAND = "rlhf.train"
@@ -16,8 +17,7 @@ Method = Literal["rm", "dpo", "ppo"]
 
 # The methods that an option belongs to, where it does not belong to all.
 METHODS_OF: dict[str, tuple[Method, ...]] = {
-    "center": ("rm",),
-    "center_coef": ("rm",),
+    **dict.fromkeys(("center_coef", "normalize", "normalize_data"), ("rm",)),
     "beta": ("dpo",),
     "label_smoothing": ("dpo",),
     **dict.fromkeys(("epochs", "max_steps", "batch_size"), ("rm", "dpo")),
@@ -28,6 +28,9 @@ METHODS_OF: dict[str, tuple[Method, ...]] = {
             *("minibatches", "temperature", "kl_coef", "kl_target", "kl_horizon", "gamma", "lam"),
             *("clip", "value_clip", "value_coef", "entropy_coef", "critic_lr_scale"),
             *("whiten_rewards", "whiten_advantages", "missing_eos_penalty", "score_clip"),
+            *("critic", "critic_lam", "critic_warmup", "kl_in", "kl_estimator", "clip_high"),
+            *("dual_clip", "whitening_variance", "whitening_scope", "missing_eos_replace"),
+            *("score_scaling", "target_kl", "ratio_threshold", "ptx_data", "ptx_coef", "compat"),
         ),
         ("ppo",),
     ),
@@ -41,8 +44,9 @@ class Config(TrainingConfig):
     method: Method = field(metadata={"help": "reward model, DPO or PPO"})
     lr: float = option(5e-5, "peak learning rate")
     log_steps: int = option(0, "steps between metrics; 0: 10, ppo each update")
-    center: bool = option(True, "rm: shift its mean score to 0")
     center_coef: float = option(0.0, "rm: pull of scores towards 0")
+    normalize: Literal["none", "mean", "std"] = option("mean", "rm: to mean 0, or also std 1")
+    normalize_data: Path | None = option(None, "rm: over these answers, not the pairs")
     beta: float = option(0.1, "dpo: price of a nat")
     label_smoothing: float = option(0.0, "dpo: share of wrong labels")
     reward_model: Path | None = option(None, "ppo: a run of --method rm")
@@ -66,6 +70,24 @@ class Config(TrainingConfig):
     whiten_advantages: bool = option(True, "ppo: mean 0, deviation 1")
     missing_eos_penalty: float = option(0.0, "ppo: off the score")
     score_clip: float = option(0.0, "ppo: of scores; 0: none")
+    critic: Literal["separate", "shared"] = option(
+        "separate", "ppo: from the reward model, or a head on the policy"
+    )
+    critic_lam: float | None = option(None, "ppo: lambda of its returns; none: lam")
+    critic_warmup: int = option(0, "ppo: first updates, it learns alone")
+    kl_in: Literal["reward", "loss"] = option("reward", "ppo: where a nat is paid")
+    kl_estimator: Literal["k1", "k2", "k3"] = option("k2", "ppo: of kl-in loss")
+    clip_high: float = option(0.0, "ppo: upper clip of the ratio; 0: clip")
+    dual_clip: float = option(0.0, "ppo: bound where advantage < 0; 0: none")
+    whitening_variance: Literal["unbiased", "biased"] = option("unbiased", "ppo: n-1 or n")
+    whitening_scope: Literal["update", "minibatch"] = option("update", "ppo: of advantages")
+    missing_eos_replace: float | None = option(None, "ppo: score without EOS")
+    score_scaling: Literal["none", "running"] = option("none", "ppo: by their deviation so far")
+    target_kl: float = option(0.0, "ppo: k3 that ends an update; 0: none")
+    ratio_threshold: float = option(0.0, "ppo: mean ratio that skips a step; 0: none")
+    ptx_data: Path | None = option(None, "ppo: texts to go on modelling")
+    ptx_coef: float = option(0.0, "ppo: of their loss")
+    compat: Literal["none", "n_plus"] = option("none", "ppo: n_plus: score after the last token")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +101,17 @@ class Config(TrainingConfig):
                     f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt within "
                     f"--max-length {self.max_length}."
                 )
+            if (self.ptx_data is None) != (self.ptx_coef == 0):
+                raise UserError("--ptx-data and --ptx-coef go together: give both or neither.")
+            self.ppo_settings()
+
+    def ppo_settings(self) -> PPOSettings:
+        """Raises UserError for options of PPO that cannot be, or change nothing, together."""
+        own = {f.name for f in fields(PPOSettings)} - {"epochs"}
+        return PPOSettings(
+            epochs=self.ppo_epochs,
+            **{f.name: getattr(self, f.name) for f in fields(self) if f.name in own},
+        )
 
     @property
     def scope(self) -> BalanceScope:
@@ -89,10 +122,35 @@ class Config(TrainingConfig):
         idle = super().idle()
         if self.method == "ppo":
             idle.pop("max_new_tokens", None)  # its episodes are answers
-        if self.kl_target is None:
-            idle["kl_horizon"] = "without --kl-target"
+        if self.normalize == "none":
+            idle["normalize_data"] = "with --normalize none"
+        idle |= self._idle_ppo()
         for name, methods in METHODS_OF.items():
             if self.method not in methods:
                 belongs = f"it belongs to {' and '.join(methods)}"
                 idle[name] = f"with --method {self.method} ({belongs})"
+        return idle
+
+    def _idle_ppo(self) -> dict[str, str]:
+        idle: dict[str, str] = {}
+        if self.kl_target is None:
+            idle["kl_horizon"] = "without --kl-target"
+        if self.kl_in == "reward":
+            idle["kl_estimator"] = "with --kl-in reward, which takes k1"
+        if self.ppo_epochs * self.minibatches == 1:
+            reason = "with one step an update, whose ratio is always 1"
+            idle |= dict.fromkeys(("clip", "clip_high", "dual_clip", "ratio_threshold"), reason)
+            idle["value_clip"] = "with one step an update, whose values have not moved"
+        if self.clip_high == self.clip:
+            idle["clip_high"] = "where it equals --clip"
+        if self.ppo_epochs == 1:
+            idle["target_kl"] = "with --ppo-epochs 1"
+        if not self.whiten_advantages:
+            idle["whitening_scope"] = "with --no-whiten-advantages"
+            if not self.whiten_rewards:
+                idle["whitening_variance"] = "without a whitening"
+        elif self.minibatches == 1:
+            idle["whitening_scope"] = "with --minibatches 1"
+        if self.critic_lam == self.lam:
+            idle["critic_lam"] = "where it equals --lam"
         return idle

@@ -2,155 +2,62 @@
 
 An update draws completions for a batch of prompts, scores them, and then makes
 epochs x minibatches optimizer steps from that buffer. The loop asks for the micro-batches of its
-next step (`get_batch_samples`); the buffer and its cursor answer, and they are what a checkpoint
-holds. Every random choice comes from a named counter of (seed, update), so where a run was cut, or
-over how many processes it ran, leaves no trace.
+next step (`get_batch_samples`); the buffer and the step's number answer, and they are what a
+checkpoint holds.
 
-The numbered details in comments are those of the checklist in Huang et al. 2024 and its sources.
+The numbers in comments are those of rlhf/CHECKLIST.md. Beside this file: `rlhf.ppo_settings` (the
+options), `rlhf.actor_critic` (the module), `rlhf.episodes` (who draws and learns what),
+`rlhf.shaping` (scores to advantages), `rlhf.ppo_objective` (the loss), `rlhf.routing_watch`,
+`rlhf.brake`, `rlhf.ptx`.
 
-Shapes: B episodes of an update, P prompt, R response, V vocabulary.
+Shapes: B episodes of an update, P prompt, R response, S = P + R, L MoE layers, K experts per token.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe.counters import permutation
 from moe.errors import UserError
-from moe.generation import positions, sample
-from rlhf import kl
-from rlhf.advantage import apply_missing_eos, gae, masked_moments, token_rewards, whiten
+from rlhf.actor_critic import ActorCritic
+from rlhf.actor_critic import response_logits as response_logits
+from rlhf.advantage import masked_moments, whiten
+from rlhf.brake import Brake
 from rlhf.dpo import SelfCheckFailed, refuse_batch_coupling
+from rlhf.episodes import Plan
+from rlhf.episodes import RolloutBuffer as RolloutBuffer
 from rlhf.kl import KLController
-from rlhf.logprobs import entropy, response_logps, token_logps
-from rlhf.losses import metric
-from rlhf.losses.ppo import explained_variance, policy_loss, value_loss
-from rlhf.reference import Reference
-from rlhf.reward import RewardSource, token_scores
+from rlhf.losses.ppo import explained_variance, ratio_variance
+from rlhf.ppo_objective import Weights, episode_loss
+from rlhf.ppo_settings import PPOSettings as PPOSettings
+from rlhf.ptx import TextMix, num_learned, num_tokens, text_loss
+from rlhf.reference import Reference, beside_the_policy
+from rlhf.reward import ModelReward, RewardSource
+from rlhf.rollout_phase import RolloutPhase
+from rlhf.routing_watch import Watch, flip_metrics, watched
 from sft.adapt import disable_dropout
 from sft.loss import LossOutput
 from sft.settings import BalancePolicy, TrainSettings
-from sft.text import pad_batch
 from sft.trainer import StageTrainer
 
 RATIO_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True, kw_only=True)
-class PPOSettings:
-    """What PPO is made of; optimisation itself is in `TrainSettings`.
-
-    updates: rollout phases. episodes: completions per update, over all processes.
-    epochs, minibatches: passes over an update's episodes and steps per pass.
-    clip_high: upper clip of the ratio apart from the lower (0: the same).
-    dual_clip: bound on the loss of a token with negative advantage, above 1 (0: none).
-    missing_eos_penalty: subtracted from the score of a completion without EOS (0: none).
-    score_clip: scores are clipped to +-this (0: not).
-    """
-
-    updates: int
-    episodes: int
-    epochs: int = 4
-    minibatches: int = 1
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip: float = 0.2
-    clip_high: float = 0.0
-    dual_clip: float = 0.0
-    value_clip: float = 0.2
-    value_coef: float = 0.1
-    entropy_coef: float = 0.0
-    whiten_rewards: bool = False
-    whiten_advantages: bool = True
-    missing_eos_penalty: float = 0.0
-    score_clip: float = 0.0
-    critic_lr_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("updates", "episodes", "epochs", "minibatches", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
-        if self.episodes % self.minibatches:
-            raise UserError(
-                f"episodes {self.episodes} must be a multiple of minibatches {self.minibatches}."
-            )
-        if not self.temperature > 0:
-            raise UserError(f"temperature {self.temperature} must be above 0: PPO has to explore.")
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole training."""
-        return self.updates * self.epochs * self.minibatches
-
-    @property
-    def minibatch_size(self) -> int:
-        return self.episodes // self.minibatches
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutBuffer:
-    """The episodes of one update, the same on every process.
-
-    prompt_BP left-padded with prompt_mask_BP; response_BR right-padded with mask_BR; the per-token
-    fields (B, R) are zero where masked: old_logp, ref_logp, value, advantage (whitened if asked),
-    returns. score_B: what the reward source gave, before penalties.
-    """
-
-    prompt_BP: Tensor
-    prompt_mask_BP: Tensor
-    response_BR: Tensor
-    mask_BR: Tensor
-    old_logp_BR: Tensor
-    ref_logp_BR: Tensor
-    value_BR: Tensor
-    advantage_BR: Tensor
-    return_BR: Tensor
-    score_B: Tensor
-
-
-class ActorCritic(nn.Module):
-    """Policy and critic as one module, so that one wrapper and one optimizer hold both."""
-
-    def __init__(self, policy: nn.Module, critic: nn.Module) -> None:
-        super().__init__()
-        self.policy = policy
-        self.critic = critic
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, num_response: int
-    ) -> tuple[Tensor, Tensor]:
-        """Logits (B, R+1, V) of the last R+1 positions, and the value (B, R) before each token."""
-        logits = response_logits(self.policy, input_ids, attention_mask, num_response)
-        value_BS = token_scores(self.critic, input_ids, attention_mask)
-        return logits, value_BS[:, -num_response - 1 : -1]
-
-
-def response_logits(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, num_response: int
-) -> Tensor:
-    """Logits (B, R+1, V): the position before the response and its R positions."""
-    # 2: positions count real tokens, so that left padding changes nothing.
-    outputs = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask.long(),
-        position_ids=positions(attention_mask),
-        use_cache=False,
-        logits_to_keep=num_response + 1,
-    )
-    return outputs.logits
+# Sums that are logged as what they give together.
+_PIECES = {
+    "value/explained_variance": (explained_variance, ("value/error", "value/return")),
+    "policy/ratio_variance": (ratio_variance, ("policy/ratio_deviation",)),
+}
 
 
 class PPOTrainer(StageTrainer):
     """policy and critic are trained; reference and reward are not.
 
-    rows: dictionaries with `prompt_ids`. Checks that stop the run: in the first minibatch of every
-    update the ratio is 1 within 1e-4 and nothing is clipped; at the end the number of optimizer
-    steps is updates x epochs x minibatches.
+    critic: a scalar model per token, or None for a value head on the policy's trunk (12).
+    rows: dictionaries with `prompt_ids`. ptx_rows: rows of SFT, mixed in by `ppo.ptx_coef`.
+    Checks that stop the run: in the first minibatch of every update the ratio is 1 within 1e-4 and
+    nothing is clipped; at the end the number of optimizer steps, with those left out by target_kl
+    and ratio_threshold, is updates x epochs x minibatches.
     """
 
     def __init__(
@@ -158,7 +65,7 @@ class PPOTrainer(StageTrainer):
         policy: nn.Module,
         settings: TrainSettings,
         *,
-        critic: nn.Module,
+        critic: nn.Module | None,
         reference: Reference,
         reward: RewardSource,
         rows: Sequence[Mapping[str, Any]],
@@ -166,33 +73,43 @@ class PPOTrainer(StageTrainer):
         kl_controller: KLController,
         pad_id: int,
         stop_ids: Sequence[int],
+        ptx_rows: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if settings.max_steps != ppo.steps or settings.batch_size != ppo.minibatch_size:
-            raise UserError(
-                f"max_steps {settings.max_steps} and batch_size {settings.batch_size} must be "
-                f"{ppo.steps} (updates x epochs x minibatches) and {ppo.minibatch_size} (episodes "
-                "/ minibatches)."
-            )
+        _check_sizes(settings, ppo)
         if not rows:
             raise UserError("PPO has no prompts.")
-        refuse_batch_coupling(policy)
-        refuse_batch_coupling(critic)
-        for model in (policy, critic):  # 13: dropout off in every model
-            disable_dropout(model)
-        self.prompts = rows
+        if (ptx_rows is not None) != (ppo.ptx_coef > 0):
+            raise UserError("ptx_rows and a ptx_coef above 0 go together: give both or neither.")
+        for model in (policy, critic):
+            if model is not None:
+                refuse_batch_coupling(model)
+                disable_dropout(model)  # 13: dropout off in every model
         self.ppo = ppo
         self.reference = reference
         self.reward = reward
-        self.kl_controller = kl_controller
-        self.pad_id = pad_id
-        self.stop_ids = tuple(stop_ids)
+        self.texts = None if ptx_rows is None else TextMix(ptx_rows, pad_id=pad_id)
+        self.brake = Brake(ppo, self._all_sum)
         self.buffer: RolloutBuffer | None = None
-        self.tokens_generated = 0
+        self._skipped_before = 0  # of the checkpoint that this training continues
+        self._weights = Weights()
+        self._output: LossOutput | None = None  # of the last micro-batch
+        both = ActorCritic(policy, critic)
+        self.rollouts = RolloutPhase(
+            both,
+            reference,
+            reward=reward,
+            prompts=rows,
+            kl_controller=kl_controller,
+            pad_id=pad_id,
+            stop_ids=stop_ids,
+            all_sum=self._all_sum,
+            running_scale=ppo.score_scaling == "running",
+        )
         kwargs.setdefault("stage", "ppo")
         kwargs.setdefault("balance", BalancePolicy(scope="off"))
         super().__init__(
-            ActorCritic(policy, critic),
+            both,
             settings,
             rows=[{}] * settings.batch_size,  # the loop's own data set is not read
             collator=lambda rows: {},
@@ -208,247 +125,113 @@ class PPOTrainer(StageTrainer):
 
     @property
     def critic(self) -> nn.Module:
+        """The scalar model, or the value head on the policy's trunk."""
         critic = self.model.critic
         assert isinstance(critic, nn.Module)
         return critic
 
+    @property
+    def kl_controller(self) -> KLController:
+        return self.rollouts.kl_controller
+
+    @property
+    def tokens_generated(self) -> int:
+        return self.rollouts.tokens_generated
+
+    @property
+    def plan(self) -> Plan:
+        processes = self.accelerator.num_processes
+        micro, _ = self.settings.per_process(processes)
+        return Plan(
+            ppo=self.ppo,
+            seed=self.settings.seed,
+            process=self.accelerator.process_index,
+            num_processes=processes,
+            micro=micro,
+            chunk=micro if self.settings.micro_batch_size else self.ppo.episodes,
+        )
+
     def fit(self, *, resume: bool = False) -> None:
         super().fit(resume=resume)
-        made = self.steps_before + self.optimizer_steps
-        if made != self.ppo.steps:
+        skipped = self.brake.skipped_steps
+        made = self.steps_before - self._skipped_before + self.optimizer_steps
+        if made + skipped != self.ppo.steps:
             raise SelfCheckFailed(
-                f"PPO made {made} optimizer steps, not {self.ppo.steps} = updates x epochs x "
-                "minibatches."
+                f"PPO made {made} optimizer steps and left out {skipped}, together not "
+                f"{self.ppo.steps} = updates x epochs x minibatches."
             )
 
     # Where the loop's batches come from.
 
     def place(self, step: int) -> tuple[int, int, int]:
         """(update, epoch, minibatch) of an optimizer step."""
-        update, within = divmod(step, self.ppo.epochs * self.ppo.minibatches)
-        return (update, *divmod(within, self.ppo.minibatches))
+        return self.plan.place(step)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         update, epoch, minibatch = self.place(self.state.global_step)
         if epoch == 0 and minibatch == 0:
-            self.buffer = self._collect(update)
-        batches = [self._micro_batch(rows) for rows in self._micro_rows(update, epoch)[minibatch]]
+            self.buffer, found = self.rollouts.collect(update, plan=self.plan, device=device)
+            self._sums.add(found)
+        if self.brake.has_stopped(update):
+            return [{}] * num_batches, None
+        batches = self._batches(update, epoch, minibatch)
+        # Before the denominators are known: a first pass that counts experts needs all its passes.
+        self._weights = Weights(
+            kl_coef=self.rollouts.loss_kl_coef,
+            text=float("ptx_labels" in batches[0]),
+            policy_learns=update >= self.ppo.critic_warmup,
+        )
         self.measure_step(batches)
+        self._weigh(batches)
         return batches, None
 
-    def _micro_rows(self, update: int, epoch: int) -> list[list[list[int]]]:
-        """Rows of this process: minibatch -> micro-batch -> episode indices.
-
-        26: a fresh permutation for every epoch.
-        """
-        order = permutation(
-            self.settings.seed, "ppo-minibatch", update, epoch, length=self.ppo.episodes
-        )
-        size, processes = self.ppo.minibatch_size, self.accelerator.num_processes
-        share = size // processes
-        micro, _ = self.settings.per_process(processes)
-        start = self.accelerator.process_index * share
-        plan = []
-        for m in range(self.ppo.minibatches):
-            mine = order[m * size : (m + 1) * size][start : start + share]
-            plan.append([mine[i : i + micro] for i in range(0, share, micro)])
-        return plan
-
-    def _micro_batch(self, rows: list[int]) -> dict[str, Any]:
-        """Some episodes, cut to their own longest prompt and response."""
-        buffer = self.buffer
-        assert buffer is not None
-        taken = {f.name: getattr(buffer, f.name)[rows] for f in fields(buffer)}
-        num_prompt = max(int(taken["prompt_mask_BP"].sum(dim=1).max()), 1)
-        num_response = max(int(taken["mask_BR"].sum(dim=1).max()), 1)
-        for name in ("prompt_BP", "prompt_mask_BP"):
-            taken[name] = taken[name][:, -num_prompt:]
-        for name in taken:
-            if name.endswith("_BR"):
-                taken[name] = taken[name][:, :num_response]
-        taken["input_ids"] = torch.cat([taken["prompt_BP"], taken["response_BR"]], dim=1)
-        taken["attention_mask"] = torch.cat([taken["prompt_mask_BP"], taken["mask_BR"]], dim=1)
-        return taken
-
-    # The rollout phase.
-
-    def _prompt_rows(self, update: int) -> list[int]:
-        """Prompt indices of an update: permutation after permutation of all prompts."""
-        first, count = update * self.ppo.episodes, self.ppo.episodes
-        epochs = range(first // len(self.prompts), (first + count - 1) // len(self.prompts) + 1)
-        order = [
-            row
-            for epoch in epochs
-            for row in permutation(self.settings.seed, "order", epoch, length=len(self.prompts))
-        ]
-        start = first - epochs.start * len(self.prompts)
-        return order[start : start + count]
-
-    @torch.no_grad()
-    def _collect(self, update: int) -> RolloutBuffer:
-        """Draw, score, and prepare advantages for one update."""
-        device = self.args.device
-        count = self.ppo.episodes
-        chosen = self._prompt_rows(update)
-        prompt_BP, prompt_mask_BP = pad_batch(
-            [self.prompts[i]["prompt_ids"] for i in chosen], pad_id=self.pad_id, side="left"
-        )
-        prompt_BP, prompt_mask_BP = prompt_BP.to(device), prompt_mask_BP.to(device)
-        mine = self._own_episodes()
-        rollout = sample(
-            self.policy,
-            prompt_BP[mine],
-            prompt_mask_BP=prompt_mask_BP[mine],
-            max_new_tokens=self.ppo.max_new_tokens,
-            temperature=self.ppo.temperature,
-            stop_ids=self.stop_ids,
-            seed=self.settings.seed,
-            purpose="ppo-rollout",
-            sample_ids=[update * count + i for i in mine],
-            pad_id=self.pad_id,
-        )
-        full_ids = torch.cat([prompt_BP[mine], rollout.response_BR], dim=1)
-        full_mask = torch.cat([prompt_mask_BP[mine], rollout.mask_BR], dim=1)
-        score = self.reward(full_ids, full_mask).float().to(device)
-        response_BR = self._gather_rows(rollout.response_BR, mine)
-        mask_BR = self._gather_rows(rollout.mask_BR.long(), mine).bool()
-        drawn_logp_BR = self._gather_rows(rollout.logp_BR, mine)
-        ended_B = self._gather_rows(rollout.ended_B.long(), mine).bool()
-        score_B = self._gather_rows(score, mine)
-        zeros = torch.zeros_like(drawn_logp_BR)
-        self.buffer = RolloutBuffer(
-            prompt_BP=prompt_BP,
-            prompt_mask_BP=prompt_mask_BP,
-            response_BR=response_BR,
-            mask_BR=mask_BR,
-            old_logp_BR=zeros,
-            ref_logp_BR=zeros.clone(),
-            value_BR=zeros.clone(),
-            advantage_BR=zeros.clone(),
-            return_BR=zeros.clone(),
-            score_B=score_B,
-        )
-        old_logp_BR, ref_logp_BR, value_BR = self._evaluate_episodes(update)
-        self.tokens_generated += int(mask_BR.sum())
-        return self._with_advantages(
-            self.buffer,
-            old_logp_BR=old_logp_BR,
-            ref_logp_BR=ref_logp_BR,
-            value_BR=value_BR,
-            drawn_logp_BR=drawn_logp_BR,
-            ended_B=ended_B,
-        )
-
-    def _own_episodes(self) -> list[int]:
-        """The episodes of an update that this process draws."""
-        accelerator = self.accelerator
-        start, step = accelerator.process_index, accelerator.num_processes
-        return list(range(start, self.ppo.episodes, step))
-
-    def _gather_rows(self, mine: Tensor, rows: list[int]) -> Tensor:
-        """Rows of every process in their global places."""
-        whole = mine.new_zeros(self.ppo.episodes, *mine.shape[1:])
-        whole[rows] = mine
-        return self._all_sum(whole)
-
-    def _evaluate_episodes(self, update: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Old and reference log-probabilities and values, (B, R) each.
-
-        Computed in the micro-batches of the first epoch, so that its first minibatch repeats the
-        same computation: there the ratio is 1 unless something is wrong (27).
-        """
+    def _batches(self, update: int, epoch: int, minibatch: int) -> list[dict[str, Any]]:
+        """The micro-batches of this process."""
         assert self.buffer is not None
-        shape = self.buffer.mask_BR.shape
-        held = [self.buffer.value_BR.new_zeros(shape) for _ in range(3)]
-        self.model.eval()
-        for rows in [rows for plan in self._micro_rows(update, 0) for rows in plan]:
-            batch = self._micro_batch(rows)
-            length = batch["mask_BR"].shape[1]
-            logits, value_BR = self.model(batch["input_ids"], batch["attention_mask"], length)
-            with self.reference.lend() as reference:
-                ref_logits = response_logits(
-                    reference, batch["input_ids"], batch["attention_mask"], length
+        plan = self.plan
+        batches: list[dict[str, Any]] = [
+            self.buffer.rows(rows) for rows in plan.micro_batches(update, epoch, minibatch)
+        ]
+        if self.ppo.whiten_advantages and self.ppo.whitening_scope == "minibatch":  # 22
+            rows = plan.minibatch(update, epoch, minibatch)
+            moments = masked_moments(self.buffer.advantage_BR[rows], self.buffer.mask_BR[rows])
+            for batch in batches:
+                batch["advantage_BR"] = whiten(
+                    batch["advantage_BR"],
+                    mask=batch["mask_BR"],
+                    unbiased=self.ppo.unbiased,
+                    moments=moments,
                 )
-            for target, found in zip(
-                held,
-                (self._logps(logits, batch), self._logps(ref_logits, batch), value_BR),
-                strict=True,
-            ):
-                target[rows, :length] = torch.where(batch["mask_BR"], found.to(target.dtype), 0.0)
-        self.model.train()
-        old_logp_BR, ref_logp_BR, value_BR = (self._all_sum(tensor) for tensor in held)
-        return old_logp_BR, ref_logp_BR, value_BR
+        if self.texts is not None and update >= self.ppo.critic_warmup:
+            texts = self.texts.micro_batches(self.state.global_step, plan)
+            for batch, text in zip(batches, texts, strict=True):
+                batch.update(text)
+        return batches
 
-    def _logps(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """Log-probabilities (B, R) of the response at the sampling temperature (4)."""
-        ids = batch["input_ids"][:, -logits.shape[1] :]
-        logp = token_logps(logits, ids, temperature=self.ppo.temperature)
-        return response_logps(logp[:, 1:], batch["mask_BR"])
-
-    def _with_advantages(
-        self,
-        buffer: RolloutBuffer,
-        *,
-        old_logp_BR: Tensor,
-        ref_logp_BR: Tensor,
-        value_BR: Tensor,
-        drawn_logp_BR: Tensor,
-        ended_B: Tensor,
-    ) -> RolloutBuffer:
-        ppo, mask_BR = self.ppo, buffer.mask_BR
-        score_B = apply_missing_eos(  # 16
-            buffer.score_B, ended_B, penalty=ppo.missing_eos_penalty or None
-        )
-        if ppo.score_clip:
-            score_B = score_B.clamp(-ppo.score_clip, ppo.score_clip)  # 19
-        coef = self.kl_controller.coef
-        reward_BR = token_rewards(  # 14, 15
-            score_B, old_logp_BR, ref_logp_BR, mask_BR=mask_BR, kl_coef=coef
-        )
-        if ppo.whiten_rewards:
-            reward_BR = whiten(reward_BR, mask=mask_BR, shift_mean=False)  # 18
-        advantage_BR, return_BR = gae(  # 20
-            reward_BR, value_BR, mask_BR=mask_BR, gamma=ppo.gamma, lam=ppo.lam
-        )
-        if ppo.whiten_advantages:  # 22: moments of the whole update, over all processes
-            advantage_BR = whiten(
-                advantage_BR, mask=mask_BR, moments=masked_moments(advantage_BR, mask_BR)
-            )
-        kl_B = torch.where(mask_BR, kl.k1(old_logp_BR, ref_logp_BR), 0.0).sum(dim=1)
-        mismatch_BR = torch.where(mask_BR, (old_logp_BR - drawn_logp_BR).abs(), 0.0)
-        shaped_B = torch.where(mask_BR, reward_BR, 0.0).sum(dim=1)
-        # Every process holds all episodes, and sums are added over processes: each gives its own.
-        mine = self._own_episodes()
-        self._sums.add(
-            LossOutput(
-                loss_sum=score_B[mine].sum(),
-                count=mask_BR[mine].any(dim=1).sum(),
-                metrics={
-                    "reward/score": metric(buffer.score_B[mine]),
-                    "reward/shaped": metric(shaped_B[mine]),
-                    "reward/non_score": metric((shaped_B - score_B)[mine]),
-                    "policy/kl_sequence": metric(kl_B[mine]),
-                    "policy/kl_coef": metric(torch.full_like(kl_B, coef)[mine]),
-                    "rollout/length": metric(mask_BR.sum(dim=1).float()[mine]),
-                    "rollout/ended": metric(ended_B.float()[mine]),
-                },
-                maxima={"rollout/logp_mismatch": mismatch_BR.max()},
-            )
-        )
-        self.kl_controller.update(float(kl_B.mean()), self.ppo.episodes)  # 17
-        return RolloutBuffer(
-            prompt_BP=buffer.prompt_BP,
-            prompt_mask_BP=buffer.prompt_mask_BP,
-            response_BR=buffer.response_BR,
-            mask_BR=mask_BR,
-            old_logp_BR=old_logp_BR,
-            ref_logp_BR=ref_logp_BR,
-            value_BR=value_BR,
-            advantage_BR=advantage_BR,
-            return_BR=torch.where(mask_BR, return_BR, 0.0),
-            score_B=buffer.score_B,
+    def _weigh(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Denominators of the step's terms that are not per response token, over all processes."""
+        has_values, has_texts = self.ppo.compat == "n_plus", self._weights.text > 0
+        if not (has_values or has_texts):
+            return
+        counts = [
+            [
+                int(batch["value_mask_BR"].sum()),
+                num_learned(batch) if has_texts else 0,
+                num_tokens(batch) if has_texts else 0,
+            ]
+            for batch in batches
+        ]
+        own = torch.tensor(counts, dtype=torch.float64, device=self.args.device).sum(dim=0)
+        values, learned, seen = self._all_sum(own).tolist()
+        if has_texts and not learned:
+            raise UserError("ptx_rows: the texts of a step have no token to learn.")
+        self._step.tokens += seen  # the policy's routers see them, so a balance loss counts them
+        self._weights = replace(
+            self._weights,
+            value=self._step.units / values if has_values else 1.0,
+            text=self._step.units / learned if has_texts else 0.0,
         )
 
     # The update phase.
@@ -457,44 +240,26 @@ class PPOTrainer(StageTrainer):
         return int(batch["mask_BR"].sum())
 
     def objective(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
-        mask_BR = batch["mask_BR"]
-        logits, value_BR = model(batch["input_ids"], batch["attention_mask"], mask_BR.shape[1])
-        ppo = self.ppo
-        policy = policy_loss(  # 23
-            self._logps(logits, batch),
-            batch["old_logp_BR"],
-            advantage_BR=batch["advantage_BR"],
-            mask_BR=mask_BR,
-            clip_low=ppo.clip,
-            clip_high=ppo.clip_high or ppo.clip,
-            dual_clip=ppo.dual_clip or None,
-        )
-        value = value_loss(  # 24
-            value_BR,
-            batch["value_BR"],
-            return_BR=batch["return_BR"],
-            mask_BR=mask_BR,
-            clip=ppo.value_clip or None,
-        )
-        entropy_BR = response_logps(  # 25
-            entropy(logits, temperature=ppo.temperature)[:, 1:], mask_BR
-        )
-        self._check_first_ratio(policy)
-        total = policy.loss_sum + ppo.value_coef * value.loss_sum
-        if ppo.entropy_coef:
-            total = total - ppo.entropy_coef * entropy_BR.sum()
-        return LossOutput(
-            loss_sum=total,
-            count=policy.count,
-            metrics={
-                **policy.metrics,
-                **value.metrics,
-                "policy/loss": (policy.loss_sum.detach(), policy.count),
-                "value/loss": (value.loss_sum.detach(), value.count),
-                "policy/entropy": metric(entropy_BR, mask_BR),
-            },
-            maxima=policy.maxima,
-        )
+        weights = self._weights
+        only_head = {} if weights.policy_learns else {"trunk_learns_values": False}
+        with watched(self.policy if self.routed else None, Watch(keep_stats=False)) as seen:
+            logits, value_BR = model(
+                batch["input_ids"], batch["attention_mask"], batch["mask_BR"].shape[1], **only_head
+            )
+        output = episode_loss(logits, value_BR, batch=batch, ppo=self.ppo, weights=weights)
+        self._check_first_ratio(output)
+        old_BSLK = batch.get("expert_BSLK")
+        flips = flip_metrics("new", seen.choice_BSLK, old_BSLK, mask_BS=batch["attention_mask"])
+        output = replace(output, metrics={**output.metrics, **flips})
+        if weights.text:  # 32
+            text = text_loss(self.policy, batch)
+            output = replace(
+                output,
+                loss_sum=output.loss_sum + self.ppo.ptx_coef * weights.text * text.loss_sum,
+                metrics={**output.metrics, **text.metrics},
+            )
+        self._output = output
+        return output
 
     def _check_first_ratio(self, policy: LossOutput) -> None:
         update, epoch, minibatch = self.place(self.state.global_step)
@@ -511,30 +276,73 @@ class PPOTrainer(StageTrainer):
 
     def _drain(self) -> dict[str, Any]:
         metrics = super()._drain()
-        pieces = {
-            name: (metrics[name][0] * metrics[name][1], metrics[name][1])
-            for name in (
-                "value/error",
-                "value/error_squared",
-                "value/return",
-                "value/return_squared",
+        for name, (finish, quantities) in _PIECES.items():
+            pieces = [piece for q in quantities for piece in (q, f"{q}_squared")]
+            if not set(pieces) <= set(metrics):
+                continue
+            sums = {piece: metrics.pop(piece) for piece in pieces}
+            found = finish(
+                {
+                    piece: (torch.tensor(mean * count), torch.tensor(count))
+                    for piece, (mean, count) in sums.items()
+                }
             )
-            if name in metrics
-        }
-        for name in pieces:
-            del metrics[name]
-        if pieces:
-            explained = explained_variance(
-                {str(k): (torch.tensor(a), torch.tensor(b)) for k, (a, b) in pieces.items()}
-            )
-            if explained is not None:
-                metrics["value/explained_variance"] = explained
+            if found is not None:
+                metrics[name] = found
         return metrics
 
     def own_settings(self) -> dict[str, Any]:
-        return {"ppo": asdict(self.ppo)}
+        return {
+            "ppo": asdict(self.ppo),
+            "critic": "shared" if self.model.is_shared else "separate",
+        }
 
-    # What the loop keeps.
+    def frozen_models(self) -> Mapping[str, nn.Module]:
+        judge = {"reward": self.reward.model} if isinstance(self.reward, ModelReward) else {}
+        return {**beside_the_policy(self.reference), **judge}
+
+    # What the loop does and keeps.
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        update, epoch, minibatch = self.place(self.state.global_step)
+        ends_step = self.accelerator.sync_gradients
+        if self.brake.has_stopped(update):
+            if ends_step:
+                self._leave_step_out()
+            return torch.zeros((), device=self.args.device)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.brake.is_on:
+            assert self._output is not None
+            self.brake.add(self._output.metrics)
+        if ends_step:
+            if not self._weights.policy_learns:
+                _forget_gradients(self.policy)
+            if self.brake.is_on:
+                self._brake_at(update, epoch, minibatch)
+        return loss
+
+    def _brake_at(self, update: int, epoch: int, minibatch: int) -> None:
+        if self.brake.judge_step(update, epoch, minibatch, device=self.args.device):
+            self._count_step(skipped=False)
+        else:
+            self._leave_step_out()
+
+    def _leave_step_out(self) -> None:
+        """Without gradients the step that the loop is about to make changes nothing."""
+        _forget_gradients(self.model)
+        self.optimizer_steps -= 1  # the loop will count it
+        self.brake.skipped_steps += 1
+        self._count_step(skipped=True)
+
+    def _count_step(self, *, skipped: bool) -> None:
+        one = float(self.is_world_process_zero())  # of all processes' sums, one counts the step
+        found = (torch.tensor(one * skipped), torch.tensor(one))
+        zero = torch.zeros(())
+        self._sums.add(
+            LossOutput(loss_sum=zero, count=zero, metrics={"policy/skipped_steps": found})
+        )
 
     optimizer: torch.optim.Optimizer | None
 
@@ -567,12 +375,25 @@ class PPOTrainer(StageTrainer):
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         assert self.buffer is not None
-        return (
-            {f.name: getattr(self.buffer, f.name) for f in fields(self.buffer)},
-            {"kl": self.kl_controller.state_dict(), "tokens_generated": self.tokens_generated},
-        )
+        document = {**self.rollouts.state_dict(), "brake": self.brake.state_dict()}
+        return self.buffer.tensors(), document
 
     def load_extra_state(self, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
         self.buffer = RolloutBuffer(**{k: v.to(self.args.device) for k, v in tensors.items()})
-        self.kl_controller.load_state_dict(document["kl"])
-        self.tokens_generated = document["tokens_generated"]
+        self.rollouts.load_state_dict(document)
+        self.brake.load_state_dict(document["brake"])
+        self._skipped_before = self.brake.skipped_steps
+
+
+def _check_sizes(settings: TrainSettings, ppo: PPOSettings) -> None:
+    if settings.max_steps != ppo.steps or settings.batch_size != ppo.minibatch_size:
+        raise UserError(
+            f"max_steps {settings.max_steps} and batch_size {settings.batch_size} must be "
+            f"{ppo.steps} (updates x epochs x minibatches) and {ppo.minibatch_size} (episodes "
+            "/ minibatches)."
+        )
+
+
+def _forget_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None

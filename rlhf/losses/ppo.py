@@ -38,7 +38,9 @@ def policy_loss(
 
     Metrics, one count per token: policy/ratio; policy/clip_fraction (tokens whose loss the clip
     made larger: no gradient); policy/dual_clip_fraction (only with dual_clip: tokens held by c);
-    policy/approx_kl_k2 and _k3 (KL from the old policy to this one, see `rlhf.kl`).
+    policy/approx_kl_k2 and _k3 (KL from the old policy to this one, see `rlhf.kl`);
+    policy/ratio_deviation, policy/ratio_deviation_squared (of ratio - 1, float64): the sums that
+    `ratio_variance` reads.
     Maxima: policy/ratio_max_deviation, the largest |ratio - 1|, 0 in a step's first minibatch.
     Raises UserError for bounds out of range, ValueError when shapes differ.
     """
@@ -66,12 +68,16 @@ def policy_loss(
         loss_BR = torch.where(is_held_BR, ceiling_BR, loss_BR)
         metrics["policy/dual_clip_fraction"] = metric(is_held_BR, mask_BR)
     # No selection needed: under padding both log-probabilities are 0 and the ratio is 1.
-    deviation_BR = (ratio_BR.detach() - 1.0).abs()
+    deviation_BR = ratio_BR.detach() - 1.0
+    # About 1, not about 0: the spread of a ratio near 1 would be lost in its square.
+    deviations = masked_moments(deviation_BR, mask_BR)
+    metrics["policy/ratio_deviation"] = (deviations.sum, deviations.count)
+    metrics["policy/ratio_deviation_squared"] = (deviations.sum_squares, deviations.count)
     return LossOutput(
         loss_sum=loss_BR.sum(),
         count=mask_BR.sum(),
         metrics=metrics,
-        maxima={"policy/ratio_max_deviation": _largest(deviation_BR)},
+        maxima={"policy/ratio_max_deviation": _largest(deviation_BR.abs())},
     )
 
 
@@ -134,6 +140,15 @@ def explained_variance(metrics: Mapping[str, tuple[Tensor, Tensor]]) -> float | 
     if variance <= 1e-12 * returns.sum_squares / returns.count:
         return None
     return 1.0 - float(errors.variance(unbiased=False) / variance)
+
+
+def ratio_variance(metrics: Mapping[str, tuple[Tensor, Tensor]]) -> float | None:
+    """Variance over tokens of new over old probability, from the sums of `policy_loss`.
+
+    None without tokens.
+    """
+    deviations = _moments(metrics, "policy/ratio_deviation")
+    return None if deviations.count == 0 else float(deviations.variance(unbiased=False))
 
 
 def _check_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:

@@ -475,19 +475,6 @@ def test_the_critic_has_its_own_learning_rate(tmp_path: Path) -> None:
     assert largest[1] == pytest.approx({"policy": 1e-2, "critic": 2.5e-3}, rel=1e-2)
 
 
-def test_only_the_policys_routers_are_observed(tmp_path: Path) -> None:
-    sparse: dict[str, Any] = {}
-    dense: dict[str, Any] = {"mlp_layer_types": ["dense", "dense"]}
-    for policy, critic, seen in ((sparse, dense, True), (dense, sparse, False)):
-        trainer = ppo_trainer(
-            tmp_path / str(seen), policy=tiny_lm(**policy), critic=critic_of(**critic),
-            ppo={"updates": 1, "epochs": 1},
-        )  # fmt: skip
-        trainer.fit()
-        names = [name for name in trainer.state.log_history[0] if name.startswith("router/")]
-        assert bool(names) == seen
-
-
 # --- what is refused
 
 

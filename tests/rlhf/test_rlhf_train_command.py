@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from moe.heads import MoEForReward
-from rlhf.reward import sequence_scores
+from rlhf.reward import ModelReward, sequence_scores
 from rlhf.train import main
 from sft.models import find_model, load_causal_lm, load_scalar_model
+from sft.text import CONTINUATION, Message, TextPath, load_tokenizer, pad_batch
 from sft.train import main as sft_main
 
 WORDS = "the cat dog sat ran red blue home tree sun moon sang saw big small".split()
@@ -65,6 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(64)
     ]
     write_rows(folder / "pairs.jsonl", pairs)
+    (folder / "plain.txt").write_text("the cat sat", encoding="utf-8")
     sft = ("--data", "rows.jsonl", *steps(4), *DRAWN, "--template", "continuation")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -130,7 +132,63 @@ def test_reward_model_learns_pairs_that_are_easy_to_tell_apart(here: Path) -> No
     found = summary(here / "rm")
     assert found["accuracy"]["num_pairs"] == 16
     assert found["accuracy"]["low"] > 0.5
-    assert found["shift"] != 0.0  # --center is on: the mean score is put at 0
+    done = found["normalization"]
+    assert (done["mode"], done["gain"], done["num_scores"]) == ("mean", 1.0, 2 * 48)
+    assert done["source"] == "both answers of the training pairs" and done["shift"] != 0.0
+    assert load_scalar_model("rm").config.reward_normalization == done
+
+
+def test_reward_model_is_measured_beside_cheap_rules(here: Path) -> None:
+    found = summary(here / "rm")
+    assert found["accuracy"]["num_pairs"] == sum(found["margins"]["counts"]) == 16
+    assert sum(part["num_pairs"] for part in found["calibration"]["bins"]) == 16
+    assert found["calibration"]["log_loss"] < 0.6931
+    # Chosen answers are longer by two words, always the same two: both rules see it.
+    assert set(found["baselines"]) == {"coin", "longer", "bag_of_words"}
+    assert found["baselines"]["longer"]["accuracy"]["accuracy"] > 0.9
+    assert found["baselines"]["bag_of_words"]["accuracy"]["accuracy"] > 0.9
+    metrics = (here / "rm" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert '"preference/calibration_error"' in metrics and '"preference/log_loss"' in metrics
+
+
+def scores_of(run: Path, answers: list[tuple[str, str]]) -> torch.Tensor:
+    """The saved reward model's scores of (prompt, answer)."""
+    text_path = TextPath(load_tokenizer(find_model(run).tokenizer), CONTINUATION, max_length=40)
+    texts = [
+        text_path.encode((Message("user", prompt), Message("assistant", answer))).input_ids
+        for prompt, answer in answers
+    ]
+    ids, mask = pad_batch(texts, pad_id=text_path.pad_id, side="right")
+    return ModelReward(model=load_scalar_model(run))(ids, mask)
+
+
+@pytest.mark.parametrize("start", ["base", "lora"])
+def test_saved_scores_have_mean_0_and_deviation_1_over_given_demonstrations(
+    start: str, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rank = ("--lora-rank", "2") if start == "lora" else ()
+    flags = ("--normalize", "std", "--normalize-data", "rows.jsonl", "--out", str(tmp_path / "run"))
+    assert main([*rm(2), "--model", start, *rank, *flags]) == 0
+    out = capsys.readouterr().out
+    assert "mean 0, deviation 1 over 16 of rows.jsonl" in out
+    assert "\ncalibration error 0." in out and "\nagainst bag of words " in out
+    rows = list(map(json.loads, Path("rows.jsonl").read_text(encoding="utf-8").splitlines()))
+    scores = scores_of(tmp_path / "run", [(row["instruction"], row["output"]) for row in rows])
+    # float32 scores of a head that was scaled by the gain.
+    assert float(scores.mean()) == pytest.approx(0.0, abs=1e-3)
+    assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_margins_of_the_file_are_told_and_dpo_says_that_it_has_no_use_for_them(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = map(json.loads, Path("pairs.jsonl").read_text(encoding="utf-8").splitlines())
+    write_rows(tmp_path / "pairs.jsonl", [{**row, "margin": 0.5} for row in rows])
+    sentences = {"rm": "asked to be ahead by 0.5", "dpo": "margins are not used: DPO's loss"}
+    for flags, (method, sentence) in zip((rm(1), DPO), sentences.items(), strict=True):
+        found = with_value(flags, "--data", str(tmp_path / "pairs.jsonl"))
+        assert main([*found, "--model", "base", "--out", str(tmp_path / method)]) == 0
+        assert sentence in capsys.readouterr().out
 
 
 def test_weak_reward_model_is_named_and_stops_ppo_unless_allowed(
@@ -253,6 +311,7 @@ def test_resumed_ppo_has_the_bits_of_the_uninterrupted_one(
 
 PPO_BASE = (*PPO, "--model", "base")
 DPO_BASE = (*DPO, "--model", "base")
+UNUSED = ("--normalize", "none", "--normalize-data", "rows.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -270,6 +329,12 @@ DPO_BASE = (*DPO, "--model", "base")
         ((*DPO_BASE, "--z-loss-coef", "1"), "--z-loss-coef has no effect with --balance-scope off"),
         ((*DPO, "--model", "lora", "--lora-rank", "2"), "with a LoRA run: the policy is a copy of"),
         ((*DPO[:2], "--data", "rows.jsonl", "--model", "base"), "this method needs preferences"),
+        ((*rm(1), "--model", "base", *UNUSED), "--normalize-data has no effect with --normalize"),
+        ((*DPO_BASE, "--normalize", "std"), "--normalize has no effect with --method dpo"),
+        (
+            (*rm(1), "--model", "base", "--normalize-data", "plain.txt"),
+            "--normalize-data plain.txt holds plain text: give instructions",
+        ),
         (("--method", "ppo", "--model", "base", "--data", "x"), "needs --reward-model, a run of"),
         (("--method", "sac", "--model", "base", "--data", "x"), "not one of rm, dpo, ppo"),
         ((*DPO_BASE, "--label-smoothing", "0.6"), "label_smoothing must be at least 0 and below"),
