@@ -9,22 +9,31 @@ Published: RLHF policies are preferred over their SFT baselines (Ouyang et al. 2
 (Rafailov et al. 2023, figure 2). A popular handbook adds that DPO moves the model far and PPO
 little.
 
-Arms: base, few_shot, sft, dpo, ppo, best_of_n. World: `tales` (experiments.lab.tales). DPO sees the
-pairs; PPO and best-of-n see the reward model learned from them; gold belongs to the evaluator and,
-as the simulated annotators, to the labels. Each method had the same number of tuning trials on a
-seed that is not reported, judged by learned reward alone.
+Arms: base, few_shot, sft, dpo, ppo, best_of_n. DPO sees the pairs; PPO and best-of-n see the reward
+model learned from them; gold belongs to the evaluator and, as the simulated annotators, to the
+labels. Each method had the same number of tuning trials on a seed that is not reported, judged by
+learned reward alone. Worlds (--world): `tales`, our own grammar and a model pretrained on it, gold
+known exactly; `stories`, a given language model (--model DIR) made a mixture of experts
+(--upcycle), continuations of story openings, gold VADER's sentiment of the continuation. Stories
+has no few-shot arm: a continuation has no form that worked examples could show. The world `pairs`
+asks another question of a given model, what a reward model and DPO learn from a file of preferences
+(--data FILE), and is told in experiments.lab.pairs_world.
 
-Cost: about 8 minutes on 2 cores for 3 seeds.
+Cost: about 8 minutes on 2 cores for 3 seeds in tales, about 6 in stories on a model of 260,000
+weights.
 
 Verdict rule, fixed before the run: REPRODUCED if DPO, PPO and best-of-n are each BETTER than SFT in
 gold reward (95 % interval of the paired seed differences above 0), NOT REPRODUCED if any is WORSE,
-else INCONCLUSIVE.
+else INCONCLUSIVE; the same in both worlds. In stories a method whose gain comes with broken text is
+called DEGENERATE beside its word (experiments.lab.degenerate). That DPO's reward at equal KL is at
+least PPO's (Rafailov et al. 2023, figure 2) is not judged here: their frontier is 22 trainings at
+several betas, and the points along one training of ours are no frontier.
 """
 
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,8 +52,8 @@ RULE = (
     "REPRODUCED if DPO, PPO and best-of-n are each BETTER than SFT in gold_reward (95 % interval "
     "of paired seed differences above 0); NOT REPRODUCED if any is WORSE; else INCONCLUSIVE"
 )
-# Metric -> (higher is better, half-width inside which a difference does not matter). Fixed before
-# the reported seeds ran; in the metric's own units.
+# Metric -> (higher is better, half-width inside which a difference does not matter), per world.
+# Fixed before the reported seeds ran; in the metric's own units.
 METRICS: Mapping[str, tuple[bool, float]] = {
     "gold_reward": (True, 0.1),
     "proxy_reward": (True, 0.2),
@@ -55,15 +64,55 @@ METRICS: Mapping[str, tuple[bool, float]] = {
     "reference_perplexity": (False, 0.1),
     "base_perplexity": (False, 0.2),
 }
+WORLD_METRICS: Mapping[str, Mapping[str, tuple[bool, float]]] = {
+    "tales": METRICS,
+    # VADER's compound lies between -1 and 1, with about half of tales' spread.
+    "stories": {**METRICS, "gold_reward": (True, 0.05), "original_perplexity": (False, 0.5)},
+}
 EXTRA_METRICS = ("ended", "tokens_generated", "tokens_trained")
 STATE_KEYS = ("out", "resume", "overwrite", "processes", "mirror", "tune")
+STORIES_KEYS = ("model", "upcycle", "target", "sft_data")
+# The options that a world has of its own; those of the others have no effect in it.
+WORLD_KEYS: Mapping[str, tuple[str, ...]] = {
+    "tales": (),
+    "stories": STORIES_KEYS,
+    "pairs": ("data", "model", "upcycle", "sft", "max_length"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Options of the comparison."""
 
-    world: Literal["tales"] = field(default="tales", metadata={"help": "what the text is"})
+    world: Literal["tales", "stories", "pairs"] = field(
+        default="tales",
+        metadata={
+            "help": "tales: our own grammar; stories: a given model's story continuations; pairs: "
+            "a file of preferences"
+        },
+    )
+    model: Path | None = field(
+        default=None, metadata={"help": "stories, pairs: folder of a causal language model"}
+    )
+    upcycle: str = field(
+        default="8x2",
+        metadata={
+            "help": "stories, pairs: experts x experts per token, or none to leave the model as is"
+        },
+    )
+    target: Literal["positive", "negative"] = field(
+        default="positive", metadata={"help": "stories: the sentiment that gold rewards"}
+    )
+    sft_data: Path | None = field(
+        default=None, metadata={"help": "stories: what SFT learns; default our own tales"}
+    )
+    data: Path | None = field(default=None, metadata={"help": "pairs: file of preferences"})
+    sft: bool = field(
+        default=True, metadata={"help": "pairs: learn the chosen answers before all else"}
+    )
+    max_length: int = field(
+        default=0, metadata={"help": "pairs: tokens of prompt and answer; 0 for the scale's own"}
+    )
     seeds: tuple[int, ...] = field(default=(0, 1, 2), metadata={"help": "seeds, paired over arms"})
     scale: Literal["laptop", "debug"] = field(
         default="laptop", metadata={"help": "laptop: minutes; debug: seconds"}
@@ -101,6 +150,85 @@ class Config:
             raise UserError("--resume names the run's folder: leave out --out and --overwrite.")
         if self.processes < 1:
             raise UserError(f"--processes {self.processes} must be at least 1.")
+        if self.resume is not None:  # the run's own world takes the place of this one
+            return
+        if self.world == "stories":
+            _check_stories(self)
+        if self.world == "pairs":
+            pairs_config(self)
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        _refuse_options_of_other_worlds(self.world, changed)
+
+
+def _check_stories(config: Config) -> None:
+    from experiments.lab.worlds import parse_upcycle
+    from moe.errors import UserError
+
+    if config.model is None:
+        raise UserError(
+            "--world stories needs a language model: give --model DIR, a folder with config.json, "
+            "weights and a tokenizer."
+        )
+    parse_upcycle(config.upcycle)
+
+
+def _foreign_keys(world: str) -> tuple[str, ...]:
+    """The options that other worlds have and this one has not."""
+    every = dict.fromkeys(name for keys in WORLD_KEYS.values() for name in keys)
+    return tuple(name for name in every if name not in WORLD_KEYS[world])
+
+
+def _refuse_options_of_other_worlds(world: str, given: Collection[str]) -> None:
+    from moe.errors import UserError
+
+    for name in _foreign_keys(world):
+        if name in given:
+            flag = name.replace("_", "-")
+            takers = " or ".join(f"--world {w}" for w, keys in WORLD_KEYS.items() if name in keys)
+            why = ", which makes its own model and text" if world == "tales" else ""
+            raise UserError(
+                f"--{flag} has no effect in the world {world}{why}: leave it out, or give {takers}."
+            )
+
+
+def pairs_config(config: Config) -> Any:
+    """The options as the world `pairs` takes them."""
+    from experiments.lab.pairs_config import PairsConfig
+    from moe.errors import UserError
+
+    if config.data is None or config.model is None:
+        raise UserError(
+            "--world pairs needs preferences and a language model: give --data FILE and "
+            "--model DIR."
+        )
+    if config.tune or config.peft == "lora":
+        raise UserError(
+            f"--{'tune' if config.tune else 'peft lora'} has no effect in the world pairs, which "
+            "trains all weights with fixed settings: leave it out."
+        )
+    names = (*WORLD_KEYS["pairs"], "seeds", "scale", "processes", "mirror")
+    folder = {name: getattr(config, name) for name in ("out", "overwrite", "resume")}
+    return PairsConfig(**{name: getattr(config, name) for name in names}, **folder)
+
+
+def world_options(config: Config) -> Any:
+    """What the worker processes open the world by."""
+    from experiments.lab.worlds import WorldOptions
+
+    assert config.world != "pairs", "pairs has a grid of its own"
+    own = {name: getattr(config, name) for name in STORIES_KEYS}
+    return WorldOptions(name=config.world, scale=config.scale, **own)
+
+
+def _world(config: Config) -> Any:
+    from experiments.lab.worlds import open_world
+
+    return open_world(world_options(config))
+
+
+def arms_of(world: Any) -> tuple[str, ...]:
+    """The arms that a world has, in their order."""
+    return tuple(arm for arm in ARMS if arm != "few_shot" or world.scale.few_shot)
 
 
 # Jobs: each runs in a worker process and leaves its result on disk.
@@ -108,12 +236,11 @@ class Config:
 
 def _seed(config: Config, folder: Path, seed: int, job: str) -> Any:
     from experiments.lab.grid import report
-    from experiments.lab.presets import SCALES
     from experiments.lab.seed import Seed
 
     return Seed(
         seed=seed,
-        scale=SCALES[config.scale],
+        world=_world(config),
         folder=folder / "stages" / f"s{seed}",
         arms=folder,
         lora_rank=config.lora_rank,
@@ -124,11 +251,11 @@ def _seed(config: Config, folder: Path, seed: int, job: str) -> Any:
 
 
 def trunk_job(config: Config, folder: Path, seed_number: int) -> None:
-    """Pretrain, SFT, pairs, reward model: what all arms of a seed share."""
+    """Base model, SFT, pairs, reward model: what all arms of a seed share."""
     from experiments.lab import stages
 
     seed = _seed(config, folder, seed_number, f"s{seed_number} trunk")
-    for stage, run_stage in (("base", stages.pretrain), ("sft", stages.supervised_finetune)):
+    for stage, run_stage in (("base", stages.make_base), ("sft", stages.supervised_finetune)):
         if not seed.is_done(stage):
             run_stage(seed)
     stages.collect_pairs(seed)
@@ -151,7 +278,7 @@ def arm_job(config: Config, folder: Path, seed_number: int, arm: str) -> None:
 def judge_job(config: Config, folder: Path, seed_number: int) -> None:
     """Judge what is not trained here, and record the routing of the trunk's stages."""
     seed = _seed(config, folder, seed_number, f"s{seed_number} judge")
-    arms = ("base", "few_shot", "sft", "best_of_n")
+    arms = [arm for arm in arms_of(seed.world) if arm not in ("dpo", "ppo")]
     for place, arm in enumerate(arms):
         seed.progress(f"judge {arm}", place, len(arms))
         _judge(seed, arm)
@@ -196,7 +323,8 @@ def _record_routing(seed: Any, stage: str) -> None:
     path = seed.arm_folder(stage) / "routing.json"
     if not path.is_file():
         found = routing_of(seed, stage)
-        write_json_atomic(path, found)
+        if found is not None:
+            write_json_atomic(path, found)
 
 
 def plan(config: Config, folder: Path) -> list[Any]:
@@ -207,7 +335,13 @@ def plan(config: Config, folder: Path) -> list[Any]:
     for seed in config.seeds:
         trunk = f"s{seed} trunk"
         jobs.append(
-            Job(name=trunk, function=trunk_job, arguments=(config, folder, seed), weight=0.55)
+            Job(
+                name=trunk,
+                function=trunk_job,
+                arguments=(config, folder, seed),
+                weight=0.55,
+                stages=(("pretrain", 0.5), ("sft", 0.2), ("pairs", 0.1), ("rm", 0.2)),
+            )
         )
         for arm, weight in (("ppo", 0.25), ("dpo", 0.12)):
             jobs.append(
@@ -244,15 +378,18 @@ def gather(config: Config, folder: Path, *, seeds: Sequence[int], status: str) -
     """summary.json from what the jobs of these seeds left."""
     from experiments.lab.evaluation import win_rate
 
-    arms: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
+    world, metric_names = _world(config), (*WORLD_METRICS[config.world], *EXTRA_METRICS)
+    arms: dict[str, dict[str, list[float]]] = {arm: {} for arm in arms_of(world)}
     for seed in seeds:
         sft = _read(folder, "sft", seed, "judged.json")
-        for arm in ARMS:
+        for arm in arms:
             judged = _read(folder, arm, seed, "judged.json")
             metrics = {**judged["metrics"], "win_rate": win_rate(judged["gold"], sft["gold"])}
-            for name in (*METRICS, *EXTRA_METRICS):
+            for name in metric_names:
                 arms[arm].setdefault(name, []).append(metrics[name])
-    comparisons = _comparisons(arms)
+    comparisons = _comparisons(arms, WORLD_METRICS[config.world])
+    routing = _routing(folder, seeds)
+    own = _of_world(world, folder, seeds, arms=arms, routing=routing)
     return {
         "schema": 1,
         "experiment": EXPERIMENT,
@@ -263,7 +400,7 @@ def gather(config: Config, folder: Path, *, seeds: Sequence[int], status: str) -
         "seeds": list(seeds),
         "arms": arms,
         "comparisons": comparisons,
-        "routing": _routing(folder, seeds),
+        "routing": routing,
         "frontier": {
             arm: [_read(folder, arm, s, "judged.json")["frontier"] for s in seeds]
             for arm in ("dpo", "ppo")
@@ -271,14 +408,22 @@ def gather(config: Config, folder: Path, *, seeds: Sequence[int], status: str) -
         "reward_model": _reward_models(folder, seeds),
         "verdict": {"word": verdict_word(comparisons), "rule": RULE, "threshold": 0.0},
         "claims": _claims(arms),
-        "notes": _notes(config, folder, seeds, arms),
-        "timings": _timings(folder, seeds),
+        **own,
+        "notes": [
+            *_notes(world, folder, seeds, arms=arms),
+            *([*own["world"]["sentences"], own["world"]["degenerate_rule"] + "."] if own else ()),
+        ],
+        "timings": _timings(folder, seeds, arms=arms),
     }
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What decides the result: the configuration without where, how many processes, and logging."""
-    return {k: v for k, v in asdict(config).items() if k not in STATE_KEYS}
+    """What decides the result: the configuration without where, how many processes, and logging.
+
+    Options of another world have no effect, so they are no part of it.
+    """
+    idle = _foreign_keys(config.world)
+    return {k: v for k, v in asdict(config).items() if k not in (*STATE_KEYS, *idle)}
 
 
 def _commit(folder: Path) -> str | None:
@@ -286,14 +431,16 @@ def _commit(folder: Path) -> str | None:
     return environment.get("commit")
 
 
-def _comparisons(arms: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any]]:
+def _comparisons(
+    arms: Mapping[str, Mapping[str, list[float]]], metrics: Mapping[str, tuple[bool, float]]
+) -> list[dict[str, Any]]:
     from experiments.lab.verdict import compare
 
     found = []
-    for arm in ARMS:
+    for arm in arms:
         if arm == "sft":
             continue
-        for metric, (higher_is_better, margin) in METRICS.items():
+        for metric, (higher_is_better, margin) in metrics.items():
             result = compare(
                 arms[arm][metric],
                 arms["sft"][metric],
@@ -344,8 +491,10 @@ def _claims(arms: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any
 
 
 def _routing(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, list[Any]]]:
-    """stage -> metric -> [per seed] of the recorded routing."""
+    """stage -> metric -> [per seed] of the recorded routing; empty for a model without experts."""
     routing: dict[str, dict[str, list[Any]]] = {}
+    if not _stage_facts(folder, seeds[0], "base")["routed"]:
+        return routing
     for stage in STAGES:
         for seed in seeds:
             for name, value in _read(folder, stage, seed, "routing.json").items():
@@ -354,13 +503,8 @@ def _routing(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, list[Any
 
 
 def _reward_models(folder: Path, seeds: Sequence[int]) -> dict[str, list[Any]]:
-    facts = [
-        json.loads((folder / "stages" / f"s{s}" / "rm" / "final" / "facts.json").read_text("utf-8"))
-        for s in seeds
-    ]
-    pairs = [
-        json.loads((folder / "stages" / f"s{s}" / "pairs.json").read_text("utf-8")) for s in seeds
-    ]
+    facts = [_stage_facts(folder, s, "rm") for s in seeds]
+    pairs = [_pairs(folder, s) for s in seeds]
     return {
         "accuracy": [f["accuracy"] for f in facts],
         "accuracy_interval95": [f["accuracy_interval95"] for f in facts],
@@ -369,7 +513,61 @@ def _reward_models(folder: Path, seeds: Sequence[int]) -> dict[str, list[Any]]:
     }
 
 
-def _timings(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, list[Any]]]:
+def _stage_facts(folder: Path, seed: int, stage: str) -> dict[str, Any]:
+    path = folder / "stages" / f"s{seed}" / stage / "final" / "facts.json"
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return facts
+
+
+def _pairs(folder: Path, seed: int) -> dict[str, Any]:
+    path = folder / "stages" / f"s{seed}" / "pairs.json"
+    pairs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return pairs
+
+
+def _of_world(
+    world: Any,
+    folder: Path,
+    seeds: Sequence[int],
+    *,
+    arms: Mapping[str, Mapping[str, list[float]]],
+    routing: dict[str, Any],
+) -> dict[str, Any]:
+    """What a world with a given model tells beside the rest; nothing in a world without one."""
+    from experiments.lab.degenerate import RULE as DEGENERATE_RULE
+    from experiments.lab.degenerate import degenerate
+    from experiments.lab.specialisation import specialisation_sentence
+
+    given = world.facts()
+    if not given:
+        return {}
+    losses = [_stage_facts(folder, seed, "sft")["held_out_loss"] for seed in seeds]
+    shares = [_pairs(folder, seed)["ended_share"] for seed in seeds]
+    before, after = ([loss[side] for loss in losses] for side in ("before", "after"))
+    penalties = [world.missing_eos_penalty(share) for share in shares]
+    sentences = [
+        *world.sentences(before=before, after=after, ended=shares),
+        *filter(None, [specialisation_sentence(routing, stage="sft", name="SFT")]),
+    ]
+    if not routing:
+        sentences.append("The model has no experts, so there is no routing to tell.")
+    return {
+        "degenerate": degenerate(arms, METHODS, seeds=seeds),
+        "world": {
+            **given,
+            "held_out_sft_loss_before": before,
+            "held_out_sft_loss_after": after,
+            "sft_ended_share": shares,
+            "missing_eos_penalty": penalties,
+            "degenerate_rule": DEGENERATE_RULE,
+            "sentences": sentences,
+        },
+    }
+
+
+def _timings(
+    folder: Path, seeds: Sequence[int], *, arms: Collection[str]
+) -> dict[str, dict[str, list[Any]]]:
     """Seconds and peak memory per stage and seed; `judge` is the evaluation of trained arms."""
     timings: dict[str, dict[str, list[Any]]] = {"seconds": {}, "peak_mib": {}}
     for seed in seeds:
@@ -378,7 +576,7 @@ def _timings(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, list[Any
             path = folder / "stages" / f"s{seed}" / name
             costs[stage] = json.loads(path.read_text(encoding="utf-8"))
         judges = []
-        for arm in ARMS:
+        for arm in arms:
             costs[arm] = _read(folder, arm, seed, "judged.json")["timings"]
             if arm in STAGES:
                 judges.append(costs[arm]["judge"])
@@ -394,23 +592,25 @@ def _timings(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, list[Any
 
 
 def _notes(
-    config: Config,
+    world: Any,
     folder: Path,
     seeds: Sequence[int],
+    *,
     arms: Mapping[str, Mapping[str, list[float]]],
 ) -> list[str]:
-    from experiments.lab.presets import SCALES
-
     notes = [
         "Peak memory is the resident set of the worker process during the stage, with the about "
         "500 MiB that its libraries take; seconds are those of all starts of a stage.",
         "The KL of best-of-n is the bound ln n - (n - 1) / n, not a sample.",
-        "Few-shot is the base model with worked examples in its prompt; its proxy reward and KL "
-        "read the same answer behind the plain prompt.",
     ]
+    if "few_shot" in arms:
+        notes.append(
+            "Few-shot is the base model with worked examples in its prompt; its proxy reward and "
+            "KL read the same answer behind the plain prompt."
+        )
+    notes += world.notes
     for seed in seeds:
-        path = folder / "stages" / f"s{seed}" / "base" / "final" / "facts.json"
-        notes += json.loads(path.read_text(encoding="utf-8"))["notes"]
+        notes += _stage_facts(folder, seed, "base")["notes"]
     sft_perplexity = arms["sft"]["reference_perplexity"]
     for arm in METHODS:
         ratios = [
@@ -421,20 +621,18 @@ def _notes(
                 f"{arm}: perplexity under the SFT policy rises to {max(ratios):.2f} times SFT's "
                 "own in the worst seed: its text has left the reference's."
             )
-    scale = SCALES[config.scale]
-    notes.append(f"Best-of-n draws n = {scale.best_of_n.n} completions per prompt.")
+    notes.append(f"Best-of-n draws n = {world.scale.best_of_n.n} completions per prompt.")
     return sorted(set(notes), key=notes.index)
 
 
-def write_samples(folder: Path, seeds: Sequence[int], *, count: int = 12) -> None:
+def write_samples(config: Config, folder: Path, *, count: int = 12) -> None:
     """The same held-out prompts before (SFT) and after, per arm and seed."""
-    from experiments.lab import tales
-
-    for seed in seeds:
+    world = _world(config)
+    for seed in config.seeds:
         sft = _read(folder, "sft", seed, "judged.json")
-        for arm in ARMS:
+        for arm in arms_of(world):
             judged = _read(folder, arm, seed, "judged.json")
-            prompts = tales.prompts(0, len(judged["texts"]), split="held_out")
+            prompts = world.held_out_prompts(len(judged["texts"]))
             rows = [
                 {
                     "prompt": prompts[i],
@@ -457,12 +655,20 @@ def run(config: Config) -> dict[str, Any]:
     """Run or resume the comparison; returns the summary."""
     from experiments.lab.grid import run_grid
 
+    if config.world == "pairs":
+        from experiments.lab.pairs_world import run_pairs
+
+        return run_pairs(pairs_config(config))
+    if config.resume is None:  # before a folder is made
+        _world(config).check()
     state = _open_run(config)
     folder = state.folder
     if state.finished:
         print(f"{folder} is finished; nothing to resume.")
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return summary
+    if config.resume is not None:
+        _world(config).check()
     _print_header(config, folder)
     jobs = plan(config, folder)
     done: set[str] = set()
@@ -484,7 +690,7 @@ def run(config: Config) -> dict[str, Any]:
             print(f"\nstopped; continue with: python -m experiments.compare --resume {folder}")
             raise
         summary = gather(config, folder, seeds=config.seeds, status="done")
-        write_samples(folder, config.seeds)
+        write_samples(config, folder)
         state.write_json("summary.json", summary)
         finish(config, folder, summary)
     return summary
@@ -492,7 +698,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def _open_run(config: Config) -> Run:
     if config.resume is not None:
-        return Run.open(config.resume, config, ignore=STATE_KEYS)
+        return Run.open(config.resume, identity(config), ignore=STATE_KEYS)
     return Run.create(
         Path("results"), EXPERIMENT, identity(config), out=config.out, overwrite=config.overwrite
     )
@@ -522,19 +728,13 @@ def finish(config: Config, folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def _print_header(config: Config, folder: Path) -> None:
-    from experiments.lab.presets import SCALES
-
-    scale = SCALES[config.scale]
-    model = scale.model
+    world = _world(config)
     trained = f"lora rank {config.lora_rank}" if config.lora_rank else "full update"
     print(
         f"compare  world {config.world}, scale {config.scale}, {trained}   {folder}\n"
-        f" model   {model['num_hidden_layers']} layers, width {model['hidden_size']}, "
-        f"{model['num_experts']} experts top-{model['num_experts_per_tok']}, "
-        f"{model['num_attention_heads']} heads / {model['num_key_value_heads']} kv, "
-        f"window {model['sliding_window']} ({model['window_pattern']})\n"
+        f" model   {world.describe()}\n"
         f" seeds   {' '.join(map(str, config.seeds))}   {config.processes} processes, one thread "
-        f"each\n arms    {', '.join(ARMS)}\n"
+        f"each\n arms    {', '.join(arms_of(world))}\n"
         f" rule    {RULE}",
         flush=True,
     )
@@ -553,6 +753,8 @@ def _show(summary: Mapping[str, Any]) -> None:
     if summary["status"] == "done":
         for sentence in sentences(summary):
             console.print(sentence)
+        for sentence in summary.get("world", {}).get("sentences", ()):
+            console.print(sentence)
         console.print(f"verdict: {summary['verdict']['word']}")
 
 
@@ -564,16 +766,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = {k for k, v in parsed.origins.items() if v != "built-in"}
     if config.resume is not None:
         config = _as_stored(config, given=given)
+    _refuse_options_of_other_worlds(config.world, given)
     if config.tune:
         _refuse_idle_with_tune(given)
         from experiments.lab.tuning import tune
 
-        folder = config.out or Path("results") / EXPERIMENT / f"tuning-{config.peft}"
+        own = f"-stories-{config.target}" if config.world == "stories" else ""
+        folder = config.out or Path("results") / EXPERIMENT / f"tuning{own}-{config.peft}"
         tune(
-            scale=config.scale,
+            world_options(config),
+            folder,
             lora_rank=config.lora_rank,
             processes=config.processes,
-            folder=folder,
         )
     else:
         run(config)
@@ -599,6 +803,9 @@ def _as_stored(config: Config, *, given: Collection[str]) -> Config:
         k: v for k, v in stored.items() if k not in STATE_KEYS and k not in given
     }
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
+    for name in ("model", "sft_data", "data"):
+        if values.get(name) is not None:
+            values[name] = Path(values[name])
     return replace(config, **values)
 
 

@@ -14,7 +14,12 @@ FLOORS = ("moe", "sft", "rlhf", "experiments")
 FILES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
-DOORS = {"wandb": "sft/tracking.py", "peft": "sft/adapt.py", "trl": "sft/trl_data.py"}
+DOORS = {
+    "wandb": "sft/tracking.py",
+    "peft": "sft/adapt.py",
+    "trl": "sft/trl_data.py",
+    "vaderSentiment": "experiments/lab/sentiment.py",
+}
 # Text in another language than English is content here, and only here.
 CHINESE = {"experiments/lab/tales.py", "experiments/lab/gold.py"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -6,8 +6,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("sft/trainer.py", "sft/loss.py", "moe/stats.py", "rlhf", "sft/supervised.py")
 AREAS = "eval|train|lm|router|preference|reward|logp|policy|value|rollout"
-# Not logged: sums behind `value/explained_variance`, and what no trainer switches on.
-PIECES = {"value/error", "value/error_squared", "value/return", "value/return_squared"}
+# Not logged: sums behind `value/explained_variance` and `policy/ratio_variance`.
+PIECES = {
+    *("value/error", "value/error_squared", "value/return", "value/return_squared"),
+    *("policy/ratio_deviation", "policy/ratio_deviation_squared"),
+}
 
 
 def defined() -> set[str]:

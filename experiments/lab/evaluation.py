@@ -9,7 +9,7 @@ Shapes: B prompts, P prompt, R response.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,18 @@ def response_logp_sums(model: nn.Module, rollouts: Sequence[Rollout]) -> list[fl
     return sums
 
 
+def text_perplexity(model: nn.Module, rollouts: Sequence[Rollout], text_path: TextPath) -> float:
+    """Perplexity of the completions' words under a model that may end a text by another token.
+
+    So the token that ends one is not counted: a model that never writes it would call every text
+    that ends unlikely. A set without any other token gives 1, as an empty product does.
+    """
+    stops = torch.tensor(text_path.stop_ids)
+    words = [replace(r, mask_BR=r.mask_BR & ~torch.isin(r.response_BR, stops)) for r in rollouts]
+    count = sum(r.num_tokens for r in words)
+    return math.exp(-sum(response_logp_sums(model, words)) / max(count, 1))
+
+
 def proxy_scores(reward: RewardSource, rollouts: Sequence[Rollout]) -> list[float]:
     """The learned reward of each completion."""
     scores: list[float] = []
@@ -124,12 +136,14 @@ def measure(
     *,
     reward: RewardSource,
     reference: nn.Module,
+    original: nn.Module | None = None,
     policy_logp_B: Sequence[float] | None = None,
     reference_rollouts: Sequence[Rollout] | None = None,
     kl_value: float | None = None,
 ) -> Measured:
     """What anyone may know of completions: all but gold.
 
+    original: a model under which the text's own perplexity is told, where there is one.
     policy_logp_B: log-probability of each completion under the policy that drew it; default what
     the sampler reported. reference_rollouts: the same completions behind the plain prompts, where
     the arm was asked in another way. kl_value: a divergence known in closed form (best-of-n), put
@@ -143,6 +157,11 @@ def measure(
     reference_B = response_logp_sums(reference, plain)
     num_tokens = sum(len(row) for row in ids)
     kl = _mean([p - q for p, q in zip(policy_logp_B, reference_B, strict=True)])
+    own = (
+        {}
+        if original is None
+        else {"original_perplexity": text_perplexity(original, plain, text_path)}
+    )
     return Measured(
         metrics={
             "proxy_reward": _mean(proxy_scores(reward, plain)),
@@ -151,6 +170,7 @@ def measure(
             "distinct_2": distinct_n(ids, 2),
             "reference_perplexity": math.exp(-sum(reference_B) / num_tokens),
             "ended": _mean([float(end) for end in ended]),
+            **own,
         },
         texts=[text_path.decode(row).strip() for row in ids],
         ended=ended,

@@ -109,7 +109,7 @@ def observe(
             sums = jaccard_L.cpu() * int(mask_BS.sum())
             shared_L = sums if shared_L is None else shared_L + sums
         if per_text:
-            for row, count_LE in zip(rows, _row_counts(forward), strict=True):
+            for row, count_LE in zip(rows, row_counts(forward), strict=True):
                 text_counts[row] = text_counts[row] + count_LE if row in text_counts else count_LE
         if per_token:
             tokens.append(ids_BS[mask_BS])
@@ -164,7 +164,7 @@ def _record(decoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> RoutingTrace
     return trace
 
 
-def _row_counts(forward: RecordedForward) -> Tensor:
+def row_counts(forward: RecordedForward) -> Tensor:
     """Assignments of each row of a pass, (B, L, E) float32, padding left out."""
     batch = forward.mask_BS.shape[0]
     layers = []

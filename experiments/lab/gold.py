@@ -110,18 +110,23 @@ class GoldReward:
 
     def parts(self, text: str, *, ended: bool = True) -> GoldParts:
         """The terms of the reward, for reports; counts as a call and may be forbidden like one."""
+        GoldReward.require_allowed()
+        self.num_calls += 1
+        return _parts(text, ended=ended)
+
+    @staticmethod
+    def require_allowed() -> None:
+        """Raises `GoldForbidden` inside `forbid()`; what is gold in another world asks here too."""
         if GoldReward._forbidden:
             raise GoldForbidden(
                 "gold was asked for inside GoldReward.forbid(): training and selection may see "
                 "pairs or a learned reward only; label the arm an oracle if it must see gold."
             )
-        self.num_calls += 1
-        return _parts(text, ended=ended)
 
     @classmethod
     @contextmanager
     def forbid(cls) -> Iterator[None]:
-        """While entered, any instance that is called raises `GoldForbidden`; may be nested."""
+        """While entered, whoever asks gold gets `GoldForbidden`, in every world; may be nested."""
         GoldReward._forbidden += 1
         try:
             yield

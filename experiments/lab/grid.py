@@ -23,7 +23,8 @@ LINE_SECONDS = 15.0
 class Job:
     """A module-level function and its arguments; `after` names the jobs that must be done before.
 
-    weight: its share of the whole work, for the estimate of the time left.
+    weight: its share of the whole work, for the estimate of the time left. stages: the stages it
+    reports, in order, with their shares of the job; without them whatever it reports is all of it.
     """
 
     name: str
@@ -31,6 +32,17 @@ class Job:
     arguments: tuple[Any, ...]
     after: tuple[str, ...] = ()
     weight: float = 1.0
+    stages: tuple[tuple[str, float], ...] = ()
+
+    def share_done(self, stage: str, step: int, total: int) -> float:
+        """How much of the job is done when `stage` is at step / total."""
+        part = step / total if total else 0.0
+        names = [name for name, _ in self.stages]
+        if stage not in names:
+            return part
+        weights = [weight for _, weight in self.stages]
+        place = names.index(stage)
+        return (sum(weights[:place]) + weights[place] * part) / sum(weights)
 
 
 class JobFailed(RuntimeError):
@@ -72,24 +84,23 @@ def _run_job(function: Callable[..., None], arguments: tuple[Any, ...]) -> float
 
 
 @dataclass
-class _State:
+class State:
     """What is known while the grid runs."""
 
     jobs: Sequence[Job]
     start: float = field(default_factory=time.monotonic)
     done: set[str] = field(default_factory=set)
     stages: dict[str, tuple[str, int, int]] = field(default_factory=dict)
-    fractions: dict[str, float] = field(default_factory=dict)
 
     def hear(self, job: str, stage: str, step: int, total: int) -> None:
         self.stages[job] = (stage, step, total)
 
     def share(self) -> float:
-        """Weighted share of the work that is done; a running job counts half."""
+        """Weighted share of the work that is done."""
         whole = sum(job.weight for job in self.jobs)
         made = sum(job.weight for job in self.jobs if job.name in self.done)
         running = sum(
-            job.weight * 0.5
+            job.weight * job.share_done(*self.stages[job.name])
             for job in self.jobs
             if job.name in self.stages and job.name not in self.done
         )
@@ -125,7 +136,7 @@ def run_grid(
     Raises `JobFailed` naming the first job that raised; jobs under way are waited for.
     """
     context = multiprocessing.get_context("spawn")
-    state = _State(jobs)
+    state = State(jobs)
     with (
         context.Manager() as manager,
         ProcessPoolExecutor(
@@ -159,7 +170,7 @@ def run_grid(
                 on_done(job.name)
 
 
-def _hear_all(reports: Any, state: _State) -> None:
+def _hear_all(reports: Any, state: State) -> None:
     while True:
         try:
             state.hear(*reports.get_nowait())
@@ -168,7 +179,7 @@ def _hear_all(reports: Any, state: _State) -> None:
 
 
 @contextmanager
-def _display(state: _State, quiet: bool) -> Iterator[Callable[[], None]]:
+def _display(state: State, quiet: bool) -> Iterator[Callable[[], None]]:
     """A live bar on a terminal, a plain line now and then where output is piped."""
     if quiet:
         yield lambda: None

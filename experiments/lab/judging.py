@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.lab import tales
 from experiments.lab.evaluation import (
     Measured,
     completion_ids,
@@ -21,22 +20,19 @@ from experiments.lab.evaluation import (
     measure,
     perplexity,
 )
-from experiments.lab.gold import GoldReward
 from experiments.lab.presets import BestOfNArm
-from experiments.lab.seed import Seed, load_policy, pretraining_rows
+from experiments.lab.seed import Seed, load_policy
+from experiments.lab.specialisation import domain_use, expert_distance_L
+from experiments.lab.tales import FEW_SHOT_STOP
 from moe.generation import Rollout, sample
-from moe.record import RoutingTrace, record_routing
+from moe.record import RoutingTrace, has_router, record_routing
 from moe.stats import RouterStats, drift
 from rlhf.best_of_n import best_of_n, kl_bound
 from rlhf.reward import (
     ModelReward,
 )
-from sft.examples import Instruction
-from sft.rows import (
-    SupervisedCollator,
-    supervised_rows,
-)
-from sft.text import Message, pad_batch
+from sft.rows import SupervisedCollator
+from sft.text import pad_batch
 from sft.tracking import Tracker
 
 
@@ -46,14 +42,21 @@ def measure_arm(
     """An arm's completions on these prompts and their measures; tokens drawn to get them."""
     scale, text_path = seed.scale, seed.text_path()
     reward = ModelReward(model=seed.load("rm", seed.reward_model()))
-    reference = seed.sft().eval()
+    reference, original = seed.sft().eval(), seed.world.original()
     if arm == "few_shot":
         return _measure_few_shot(seed, prompts, reward, reference)
     if arm == "best_of_n":
         assert best is not None
         rollouts, tokens = _best_rollouts(seed, reference, prompts, reward, best)
         kl = kl_bound(best.n)
-        measured = measure(rollouts, text_path, reward=reward, reference=reference, kl_value=kl)
+        measured = measure(
+            rollouts,
+            text_path,
+            reward=reward,
+            reference=reference,
+            original=original,
+            kl_value=kl,
+        )
         return measured, tokens
     rollouts = draw_completions(
         load_policy(seed, arm),
@@ -63,16 +66,17 @@ def measure_arm(
         seed=seed.seed,
         purpose="evaluate",
     )
-    return measure(rollouts, text_path, reward=reward, reference=reference), 0
+    measured = measure(rollouts, text_path, reward=reward, reference=reference, original=original)
+    return measured, 0
 
 
 def judge_arm(seed: Seed, arm: str, *, best: BestOfNArm | None = None) -> dict[str, Any]:
     """Metrics of one arm on the held-out prompts, and its completions for the record."""
     scale, text_path = seed.scale, seed.text_path()
     measured, tokens = measure_arm(seed, arm, seed.eval_prompts(scale.num_eval_prompts), best=best)
-    judged = judge(measured, GoldReward())
+    judged = judge(measured, seed.world.gold())
     model = load_policy(seed, {"few_shot": "base", "best_of_n": "sft"}.get(arm, arm))
-    held_out = pretraining_rows(seed, split="held_out", count=max(40, scale.num_documents // 30))
+    held_out = seed.world.forgetting_rows(seed.seed, seed.folder)
     metrics = {
         **judged.metrics,
         "base_perplexity": perplexity(model, held_out, pad_id=text_path.pad_id),
@@ -110,10 +114,10 @@ def _measure_few_shot(
     """The base model with worked examples in its prompt; it stops at the end of the line."""
     model = seed.base().eval()
     scale, text_path = seed.scale, seed.text_path()
-    rng = tales.seeded(seed.seed, "few-shot")
-    asked = [tales.few_shot_prompt(p, scale.few_shot, rng=rng) for p in prompts]
+    asked = seed.world.few_shot_prompts(prompts, seed=seed.seed)
+    assert asked is not None
     rows = [text_path.encode_document(text)[:-1] for text in asked]  # without the EOS
-    newline = text_path.tokenizer.encode("\n", add_special_tokens=False)
+    newline = text_path.tokenizer.encode(FEW_SHOT_STOP, add_special_tokens=False)
     rollouts, plain = [], []
     for start in range(0, len(rows), 64):
         ids, mask = pad_batch(rows[start : start + 64], pad_id=text_path.pad_id, side="left")
@@ -156,15 +160,9 @@ def _measure_few_shot(
 
 
 def record_texts(seed: Seed, model: nn.Module) -> RoutingTrace:
-    """Where held-out tales and pretraining text go; the same rows for every stage of a seed."""
-    scale, text_path = seed.scale, seed.text_path()
-    examples = [
-        Instruction(conversation=(Message("user", e.prompt), Message("assistant", e.answer)))
-        for e in tales.sft_examples(0, scale.num_routing_texts, split="held_out")
-    ]
-    rows: list[Any] = list(supervised_rows(examples, text_path))
-    rows += list(pretraining_rows(seed, split="held_out", count=max(40, scale.num_documents // 60)))
-    collate = SupervisedCollator(text_path.pad_id)
+    """Where the world's held-out texts go; the same rows for every stage of a seed."""
+    rows = seed.world.routing_rows(seed.seed, seed.folder)
+    collate = SupervisedCollator(seed.text_path().pad_id)
     model.eval()
     with torch.no_grad(), record_routing(model) as trace:
         for start in range(0, len(rows), 32):
@@ -181,9 +179,14 @@ def record_texts(seed: Seed, model: nn.Module) -> RoutingTrace:
     return trace
 
 
-def routing_of(seed: Seed, stage: str) -> dict[str, Any]:
-    """Expert use of a stage and its drift from SFT, per layer."""
+def routing_of(seed: Seed, stage: str) -> dict[str, Any] | None:
+    """Expert use of a stage and its drift from SFT, per layer; None for a model without experts.
+
+    Where experts began as copies, also how far they have come apart.
+    """
     model = seed.load("rm", seed.reward_model()) if stage == "rm" else load_policy(seed, stage)
+    if not has_router(model):
+        return None
     trace = record_texts(seed, model)
     stats = RouterStats.from_trace(trace)
     moved = drift(record_texts(seed, load_policy(seed, "sft")), trace)
@@ -197,6 +200,10 @@ def routing_of(seed: Seed, stage: str) -> dict[str, Any]:
         "jsd_from_sft": moved.jsd_bits_L.tolist(),
         "load_share": stats.relative_load_LE.tolist(),
     }
+    if seed.world.experts_begin_equal:
+        rows = seed.world.routing_rows(seed.seed, seed.folder)
+        found["expert_distance"] = expert_distance_L(model)
+        found |= domain_use(trace, [row["domain"] for row in rows], seed=seed.seed)
     folder = seed.arm_folder(stage)
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
@@ -209,7 +216,9 @@ def routing_of(seed: Seed, stage: str) -> dict[str, Any]:
 
 
 def show_stage(seed: Seed, arm: str, model: nn.Module, tracker: Tracker) -> None:
-    """The expert heat map of a stage, for the mirror."""
+    """The expert heat map of a stage, for the mirror; a model without experts has none."""
+    if not has_router(model):
+        return
     stats = RouterStats.from_trace(record_texts(seed, model))
     tracker.heat_map(arm, stats.relative_load_LE.tolist())
 
@@ -239,7 +248,7 @@ def show_samples(seed: Seed, arm: str, policy: nn.Module, tracker: Tracker) -> N
 
 def judge_frontier(seed: Seed, arm: str) -> list[dict[str, float]]:
     """The kept points of an arm's training, with gold."""
-    gold, points = GoldReward(), []
+    gold, points = seed.world.gold(), []
     for path in sorted((seed.folder / arm / "frontier").glob("step-*.json")):
         kept = json.loads(path.read_text(encoding="utf-8"))
         step = kept.pop("step")

@@ -46,6 +46,9 @@ LABELS = {
     "dpo": "DPO",
     "ppo": "PPO",
     "best_of_n": "best-of-n",
+    "longer_wins": "longer wins",
+    "length_rule": "direction of length",
+    "bag_of_words": "bag of words",
 }
 
 

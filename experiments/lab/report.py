@@ -62,7 +62,8 @@ ul.answer { list-style: none; margin: .6rem 0; padding: 0; }
 ul.answer li { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: .6rem .9rem; margin: .45rem 0; font-size: 1.05rem; }
 .word { font-weight: 650; white-space: nowrap; }
-.BETTER, .REPRODUCED { color: var(--good); } .WORSE, .NOT { color: var(--bad); }
+.BETTER, .REPRODUCED { color: var(--good); }
+.WORSE, .NOT, .DEGENERATE { color: var(--bad); }
 .EQUIVALENT { color: var(--calm); } .UNRESOLVED, .INCONCLUSIVE { color: var(--open); }
 .scroll { overflow-x: auto; margin: .7rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
@@ -174,7 +175,8 @@ def _word(word: object) -> str:
 
 
 def _with_words(text: str) -> str:
-    words = r"\b(NOT REPRODUCED|REPRODUCED|INCONCLUSIVE|BETTER|WORSE|EQUIVALENT|UNRESOLVED)\b"
+    verdicts = "NOT REPRODUCED|REPRODUCED|INCONCLUSIVE"
+    words = rf"\b({verdicts}|BETTER|WORSE|EQUIVALENT|UNRESOLVED|DEGENERATE)\b"
     return re.sub(words, lambda found: _word(found.group()), _e(text))
 
 

@@ -1,4 +1,4 @@
-"""One seed of a run on the world `tales`: its folders, its text, its models.
+"""One seed of a run: its world, its folders, its models.
 
 Weights are kept in our checkpoint format under `<folder>/<stage>/final`; a model is rebuilt by code
 and filled strictly, so that a file of another shape is refused rather than half loaded.
@@ -14,17 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from experiments.lab import tales
-from experiments.lab.corpus import pretraining_documents
 from experiments.lab.meter import Meter, metered
 from experiments.lab.presets import DPOArm, PPOArm, Scale
-from moe import MoEConfig, MoEForCausalLM
+from experiments.lab.worlds import World
 from rlhf.reference import FrozenAdapter, FrozenCopy, Reference
 from rlhf.reward import (
     scalar_model,
 )
-from sft.adapt import LoraSpec, add_lora, copy_adapter, merged
+from sft.adapt import LoraSpec, add_lora, copy_adapter, merged, trainable_by_part
 from sft.checkpoint import (
     live_tensors,
     load_strictly,
@@ -32,28 +31,25 @@ from sft.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from sft.examples import Document
-from sft.rows import (
-    document_rows,
-)
 from sft.run import config_hash
-from sft.text import TextPath, load_tokenizer, pick_template
+from sft.text import TextPath
 from sft.tracking import Tracker
 
 Progress = Callable[[str, int, int], None]
-LORA_TARGETS = ("attention", "experts")
+# A model without experts has its adapters on the dense FFN in their place.
+LORA_TARGETS = (("attention", "experts"), ("attention", "ffn"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seed:
-    """One seed of a run: where it works, how big, and how it tells what it is doing.
+    """One seed of a run: in which world, where it works, and how it tells what it is doing.
 
     folder: private files (weights, pairs). arms: parent of `<arm>-s<seed>` folders.
     lora_rank: 0 for full updates; pretraining is always full.
     """
 
     seed: int
-    scale: Scale
+    world: World
     folder: Path
     arms: Path
     lora_rank: int = 0
@@ -62,10 +58,14 @@ class Seed:
     progress: Progress = lambda stage, step, total: None
 
     @property
-    def lora(self) -> LoraSpec | None:
-        if not self.lora_rank:
-            return None
-        return LoraSpec(rank=self.lora_rank, alpha=2.0 * self.lora_rank, targets=LORA_TARGETS)
+    def scale(self) -> Scale:
+        return self.world.scale
+
+    def with_lora(self, model: nn.Module, *, name: str = "default") -> nn.Module:
+        """The model under one fresh adapter of the run's rank."""
+        targets = LORA_TARGETS["experts" not in trainable_by_part(model)]
+        spec = LoraSpec(rank=self.lora_rank, alpha=2.0 * self.lora_rank, targets=targets)
+        return add_lora(model, spec, name=name)
 
     def arm_folder(self, arm: str) -> Path:
         return self.arms / f"{arm}-s{self.seed}"
@@ -99,13 +99,11 @@ class Seed:
     # Text.
 
     def text_path(self) -> TextPath:
-        tokenizer = load_tokenizer(self.folder / "tokenizer")
-        template = pick_template(tokenizer, "plain")
-        return TextPath(tokenizer, template, max_length=self.scale.max_length)
+        return self.world.text_path(self.folder)
 
     def eval_prompts(self, count: int) -> list[str]:
         """Held-out prompts, the same for every seed and arm."""
-        return tales.prompts(0, count, split="held_out")
+        return self.world.held_out_prompts(count)
 
     # Models on disk.
 
@@ -122,6 +120,12 @@ class Seed:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return facts
 
+    def pairs(self) -> dict[str, Any]:
+        """What `stages.collect_pairs` left: the pairs, and facts about them."""
+        text = (self.folder / "pairs.json").read_text(encoding="utf-8")
+        found: dict[str, Any] = json.loads(text)
+        return found
+
     def is_done(self, stage: str) -> bool:
         return (self.folder / stage / "final" / "MANIFEST.json").is_file()
 
@@ -130,17 +134,8 @@ class Seed:
         load_strictly(model, checkpoint.tensors["model"], source=str(checkpoint.folder))
         return model
 
-    def fresh_model(self) -> MoEForCausalLM:
-        text_path = self.text_path()
-        config = MoEConfig(
-            vocab_size=len(text_path.tokenizer),
-            pad_token_id=text_path.pad_id,
-            bos_token_id=text_path.bos_id,
-            eos_token_id=text_path.eos_id,
-            **self.scale.model,
-        )
-        torch.manual_seed(self.seed)
-        return MoEForCausalLM(config)
+    def fresh_model(self) -> PreTrainedModel:
+        return self.world.new_model(self.text_path(), seed=self.seed)
 
     def base(self) -> nn.Module:
         return self.load("base", self.fresh_model())
@@ -148,14 +143,14 @@ class Seed:
     def sft(self) -> nn.Module:
         """The SFT policy: the whole model, or the base with its adapter `sft`."""
         model: nn.Module = self.fresh_model()
-        if self.lora:
-            model = add_lora(model, self.lora, name="sft")
+        if self.lora_rank:
+            model = self.with_lora(model, name="sft")
         return self.load("sft", model)
 
     def policy_and_reference(self) -> tuple[nn.Module, Reference]:
         """A trainable policy that starts as SFT, and SFT as its reference."""
         policy = self.sft()
-        if self.lora:
+        if self.lora_rank:
             copy_adapter(policy, "sft", name="policy")
             return policy, FrozenAdapter(policy, "sft")
         return policy, FrozenCopy(policy)
@@ -165,7 +160,7 @@ class Seed:
         torch.manual_seed(self.seed + 1)  # the fresh head
         plain = merged(copy.deepcopy(self.sft()))
         model: nn.Module = scalar_model(plain)
-        return add_lora(model, self.lora) if self.lora else model
+        return self.with_lora(model) if self.lora_rank else model
 
     # Running a trainer.
 
@@ -198,7 +193,10 @@ class Seed:
             "folder": self.folder / job,
             "stage": job,
             "tracker": tracker,
-            "fingerprints": {"scale": config_hash(asdict(self.scale))},
+            "fingerprints": {
+                "scale": config_hash(asdict(self.scale)),
+                "world": config_hash(self.world.facts()),
+            },
             "on_progress": tell,
         }
 
@@ -207,12 +205,6 @@ def _resume_steps(folder: Path, stage: str) -> dict[str, int]:
     """How far this stage's metrics count: to its newest checkpoint, else not at all."""
     newest, _ = newest_checkpoint(folder)
     return {stage: int(newest.name.rpartition("-")[2]) if newest else 0}
-
-
-def pretraining_rows(seed: Seed, *, split: Any = "train", count: int) -> Any:
-    corpus = pretraining_documents(seed.seed, count, split=split)
-    documents = [Document(text=d.text, domain=d.domain) for d in corpus.documents]
-    return document_rows(documents, seed.text_path(), block=seed.scale.block)
 
 
 def load_policy(seed: Seed, arm: str) -> nn.Module:

@@ -1,11 +1,11 @@
-"""The stages of one seed on the world `tales`: pretrain, SFT, pairs, reward model, DPO, PPO.
+"""The stages of one seed: base model, SFT, pairs, reward model, DPO, PPO.
 
 Every stage reads its input from the seed's folder, trains with checkpoints, and leaves its weights
 there, so that an interrupted run continues where it was. Gold is touched in one function, which
 says so: when the simulated annotators label pairs.
 """
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.lab import tales
-from experiments.lab.corpus import pretraining_documents
 from experiments.lab.evaluation import (
     completion_ids,
     draw_completions,
     measure,
+    perplexity,
 )
-from experiments.lab.gold import GoldReward, label_pairs
+from experiments.lab.gold import label_pairs
 from experiments.lab.judging import show_samples, show_stage
 from experiments.lab.presets import DPOArm, PPOArm
-from experiments.lab.seed import Seed, pretraining_rows
+from experiments.lab.seed import Seed
+from experiments.lab.tales import seeded
+from moe.record import has_router
 from rlhf.dpo import DPOTrainer
 from rlhf.kl import FixedKL
 from rlhf.losses.dpo import DPOLoss
@@ -36,7 +37,6 @@ from rlhf.reward import (
     reward_accuracy,
     sequence_scores,
 )
-from sft.adapt import add_lora
 from sft.data import split_by_prompt
 from sft.examples import Instruction, Preference
 from sft.rows import (
@@ -46,32 +46,40 @@ from sft.rows import (
     supervised_rows,
 )
 from sft.run import write_json_atomic
-from sft.settings import BalancePolicy, TrainSettings
-from sft.text import Message, TextPath, train_bpe
+from sft.settings import TrainSettings
+from sft.text import Message, TextPath
 from sft.trainer import SFTTrainer, StageTrainer
 
 # The trunk: what all arms share.
 
 
-def prepare_text(seed: Seed) -> list[str]:
-    """Train the tokenizer on the pretraining documents; returns the corpus's notes."""
-    folder = seed.folder / "tokenizer"
-    corpus = pretraining_documents(seed.seed, seed.scale.num_documents)
-    if not (folder / "tokenizer.json").is_file():
-        texts = [document.text for document in corpus.documents]
-        train_bpe(texts, vocab_size=seed.scale.vocab_size).save_pretrained(folder)
-    return list(corpus.notes)
+def make_base(seed: Seed) -> None:
+    """The model that all stages start from: given, or pretrained on the world's text."""
+    seed.folder.mkdir(parents=True, exist_ok=True)
+    notes = seed.world.prepare(seed.seed, seed.folder)
+    rows = seed.world.pretraining_rows(seed.seed, seed.text_path())
+    if rows is None:
+        _take_base(seed, notes)
+    else:
+        _pretrain(seed, rows, notes)
 
 
-def pretrain(seed: Seed) -> None:
-    notes = prepare_text(seed)
-    scale = seed.scale
-    rows = pretraining_rows(seed, count=scale.num_documents)
+def _take_base(seed: Seed, notes: list[str]) -> None:
+    model = seed.fresh_model()
+    with seed.metered("base") as meter, seed.tracked("base", "base") as tracker:
+        show_stage(seed, "base", model, tracker)
+    facts = {"notes": notes, "routed": has_router(model), "tokens_trained": 0}
+    seed.save("base", model, {**facts, **meter.facts()})
+
+
+def _pretrain(seed: Seed, rows: Sequence[Any], notes: list[str]) -> None:
+    scale, pretraining = seed.scale, seed.scale.pretraining
+    assert pretraining is not None
     settings = TrainSettings(
-        max_steps=scale.pretrain_steps,
-        batch_size=scale.pretrain_batch,
-        lr=scale.pretrain_lr,
-        warmup_steps=min(20, scale.pretrain_steps // 4),
+        max_steps=pretraining.steps,
+        batch_size=pretraining.batch,
+        lr=pretraining.lr,
+        warmup_steps=min(20, pretraining.steps // 4),
         weight_decay=0.1,
         seed=seed.seed,
         log_steps=10,
@@ -89,17 +97,14 @@ def pretrain(seed: Seed) -> None:
         )
         trainer.fit(resume=True)
         show_stage(seed, "base", model, tracker)
-    tokens = settings.max_steps * settings.batch_size * scale.block
-    seed.save("base", model, {"notes": notes, "tokens_trained": tokens, **meter.facts()})
+    tokens = settings.max_steps * settings.batch_size * pretraining.block
+    facts = {"notes": notes, "routed": has_router(model), "tokens_trained": tokens}
+    seed.save("base", model, {**facts, **meter.facts()})
 
 
 def supervised_finetune(seed: Seed) -> None:
     scale, text_path = seed.scale, seed.text_path()
-    examples = [
-        Instruction(conversation=(Message("user", e.prompt), Message("assistant", e.answer)))
-        for e in tales.sft_examples(seed.seed, scale.num_sft)
-    ]
-    rows = supervised_rows(examples, text_path)
+    rows = supervised_rows(seed.world.sft_examples(seed.seed), text_path)
     settings = scale.train(
         rows=len(rows),
         batch=scale.sft_batch,
@@ -108,9 +113,10 @@ def supervised_finetune(seed: Seed) -> None:
         seed=seed.seed,
     )
     model = seed.base()
-    balance = BalancePolicy.of_model(model)
-    if seed.lora:
-        model = add_lora(model, seed.lora, name="sft")
+    balance = seed.world.balance(model)
+    before = held_out_loss(seed, model)
+    if seed.lora_rank:
+        model = seed.with_lora(model, name="sft")
     with seed.metered("sft") as meter, seed.tracked("sft", "sft") as tracker:
         SFTTrainer(
             model,
@@ -121,8 +127,20 @@ def supervised_finetune(seed: Seed) -> None:
             **seed.trainer_options("sft", tracker, meter),
         ).fit(resume=True)
         show_stage(seed, "sft", model, tracker)
-    tokens = _tokens(rows, settings)
-    seed.save("sft", model, {"tokens_trained": tokens, **meter.facts()})
+    facts: dict[str, Any] = {"tokens_trained": _tokens(rows, settings), **meter.facts()}
+    if before is not None:
+        facts["held_out_loss"] = {"before": before, "after": held_out_loss(seed, model)}
+    seed.save("sft", model, facts)
+
+
+def held_out_loss(seed: Seed, model: nn.Module) -> float | None:
+    """Nats per learned token on SFT examples that training does not see; None if not told."""
+    examples = seed.world.sft_held_out(seed.seed)
+    if examples is None:
+        return None
+    text_path = seed.text_path()
+    rows = supervised_rows(examples, text_path)
+    return math.log(perplexity(model, rows, pad_id=text_path.pad_id))
 
 
 def _tokens(rows: Sequence[Any], settings: TrainSettings) -> int:
@@ -140,20 +158,21 @@ def collect_pairs(seed: Seed) -> None:
     path = seed.folder / "pairs.json"
     if path.is_file():
         return
-    prompts = tales.prompts(seed.seed, seed.scale.num_pair_prompts, split="train")
+    prompts = seed.world.training_prompts(seed.seed, seed.scale.num_pair_prompts)
     with seed.metered("pairs") as meter:
         drawn = _draw_both_sides(seed, prompts)
-    gold, text_path = GoldReward(), seed.text_path()
+    gold, text_path = seed.world.gold(), seed.text_path()
     scores = [
         [gold(text_path.decode(row).strip(), ended=end) for row, end in side] for side in drawn
     ]
-    rng = tales.seeded(seed.seed, "labels")
+    rng = seeded(seed.seed, "labels")
     chosen_a = label_pairs(*scores, rng=rng, temperature=seed.scale.label_temperature)
     pairs = [
         {"prompt": prompt, "chosen": a if first else b, "rejected": b if first else a}
         for prompt, (a, _), (b, _), first in zip(prompts, *drawn, chosen_a, strict=True)
         if a != b
     ]
+    ended = [end for side in drawn for _, end in side]
     agree = [first == (x > y) for first, x, y in zip(chosen_a, *scores, strict=True) if x != y]
     write_json_atomic(
         path,
@@ -161,6 +180,7 @@ def collect_pairs(seed: Seed) -> None:
             "pairs": pairs,
             "tokens_generated": sum(len(row) for side in drawn for row, _ in side),
             "label_accuracy": sum(agree) / max(len(agree), 1),
+            "ended_share": sum(ended) / len(ended),
             **meter.facts(),
         },
     )
@@ -186,7 +206,7 @@ def _draw_both_sides(seed: Seed, prompts: list[str]) -> list[list[tuple[list[int
 
 def pair_rows(seed: Seed) -> tuple[list[Any], list[Any]]:
     """(training, validation) rows of the labelled pairs, split by prompt, from their token ids."""
-    held = json.loads((seed.folder / "pairs.json").read_text(encoding="utf-8"))["pairs"]
+    held = seed.pairs()["pairs"]
     text_path = seed.text_path()
     examples = [
         Preference(prompt=(Message("user", p["prompt"]),), chosen=str(i), rejected="")
@@ -226,7 +246,7 @@ def train_reward_model(seed: Seed) -> None:
             settings,
             rows=train,
             collator=collator,
-            balance=BalancePolicy.of_model(model),
+            balance=seed.world.balance(model),
             **seed.trainer_options("rm", tracker, meter),
         ).fit(resume=True)
         show_stage(seed, "rm", model, tracker)
@@ -341,9 +361,10 @@ def train_ppo(seed: Seed, arm: PPOArm, *, name: str = "ppo") -> None:
     scale, text_path = seed.scale, seed.text_path()
     prompts = [
         Instruction(conversation=(Message("user", p), Message("assistant", "")))
-        for p in tales.prompts(seed.seed, scale.num_pair_prompts, split="train")
+        for p in seed.world.training_prompts(seed.seed, scale.num_pair_prompts)
     ]
-    ppo = scale.ppo_settings(arm)
+    penalty = seed.world.missing_eos_penalty(seed.pairs()["ended_share"])
+    ppo = scale.ppo_settings(arm, missing_eos_penalty=penalty)
     settings = TrainSettings(
         max_steps=ppo.steps,
         batch_size=ppo.minibatch_size,

@@ -28,7 +28,15 @@ METRICS = {
     "ended": "share that ends",
     "distinct_2": "distinct-2",
     "reference_perplexity": "reference perplexity",
+    "original_perplexity": "original perplexity",
     "base_perplexity": "base perplexity",
+    "accuracy": "held-out accuracy",
+    "wilson_low": "Wilson interval, low",
+    "wilson_high": "Wilson interval, high",
+    "accuracy_before": "accuracy before training",
+    "train_accuracy": "accuracy on training pairs",
+    "implicit_margin_before": "implicit margin before (nats)",
+    "implicit_margin": "implicit margin (nats)",
     "tokens_generated": "tokens generated",
     "tokens_trained": "tokens trained",
     "seconds": "seconds",
@@ -42,6 +50,9 @@ ROUTING = {
     "dropped_share": "dropped share",
     "jaccard_from_sft": "Jaccard with SFT (1: same)",
     "jsd_from_sft": "JS divergence from SFT (bits)",
+    "expert_distance": "distance between experts (0: copies)",
+    "domain_jsd": "JS divergence between domains (bits)",
+    "domain_jsd_by_chance": "the same by chance",
 }
 ANSWERED_FIRST = ("dpo", "ppo", "best_of_n", "sft", "few_shot", "base")
 
@@ -124,13 +135,18 @@ def seed_at(summary: Summary, place: int) -> object:
 
 
 def sentences(summary: Summary) -> list[str]:
-    """Up to three sentences that answer the question, from the main metric's comparisons."""
+    """Up to three sentences that answer the question, from the main metric's comparisons.
+
+    Then one for each arm whose gain comes with broken text, where the run looked for that.
+    """
     metric, base = main_metric(summary), baseline(summary)
     rows = [row for row in summary.get("comparisons") or () if row["metric"] == metric]
     known = {arm: place for place, arm in enumerate(ANSWERED_FIRST)}
     rows.sort(key=lambda row: (row["against"] != base, known.get(row["arm"], -1)))
     if rows:
-        return [_sentence(row) for row in rows[:3]]
+        broken = (summary.get("degenerate") or {}).items()
+        called_out = [f"{label(arm)} is DEGENERATE: {reason}." for arm, reason in broken]
+        return [*(_sentence(row) for row in rows[:3]), *called_out]
     verdict = summary.get("verdict") or {}
     if verdict.get("word"):
         return [f"The verdict is {verdict['word']}."]
@@ -167,7 +183,7 @@ def main_table(summary: Summary) -> Table:
         row = comparison(summary, arm, str(metric))
         if base and row:
             gap = show(row["mean_difference"], signed=True)
-            cells += [gap, show_interval(row.get("interval95")), row["word"]]
+            cells += [gap, show_interval(row.get("interval95")), _main_word(summary, row)]
         elif base:
             cells += ["-", "-", "baseline" if arm == base else "not compared"]
         rows.append(tuple(cells))
@@ -243,12 +259,23 @@ def console_table(summary: Summary) -> RichTable:
         row = comparison(summary, arm, str(metric))
         if base and row:
             gap = show(row["mean_difference"], signed=True)
-            cells += [f"{gap} {show_interval(row.get('interval95'))}", row["word"]]
+            cells += [f"{gap} {show_interval(row.get('interval95'))}", _main_word(summary, row)]
         elif base:
             cells += ["", ""]
         cells += [show(mean(values[m])) if values.get(m) else "-" for m in others]
-        table.add_row(*(Text(cell, style=colors.get(cell, "")) for cell in cells))
+        table.add_row(*(Text(cell, style=_color(cell, colors)) for cell in cells))
     return table
+
+
+def _main_word(summary: Summary, row: Row) -> str:
+    """The word of a comparison in the main metric, and whether the gain is one of broken text."""
+    return (
+        f"{row['word']}, DEGENERATE" if row["arm"] in summary.get("degenerate", {}) else row["word"]
+    )
+
+
+def _color(cell: str, colors: Mapping[str, str]) -> str:
+    return "red" if cell.endswith("DEGENERATE") else colors.get(cell, "")
 
 
 def seeds_table(summary: Summary, metrics: Iterable[str] | None = None) -> Table:

@@ -4,64 +4,45 @@ Selection sees what a user would have: the learned reward, and whether the text 
 (perplexity under the SFT policy at most 1.5 times SFT's own). Gold plays no part.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiments.lab import tales
 from experiments.lab.grid import Job, report, run_grid
 from experiments.lab.judging import measure_arm
-from experiments.lab.presets import SCALES, BestOfNArm, DPOArm, PPOArm, Scale
+from experiments.lab.presets import BestOfNArm, DPOArm, PPOArm
 from experiments.lab.seed import Seed
 from experiments.lab.stages import (
     collect_pairs,
-    pretrain,
+    make_base,
     supervised_finetune,
     train_dpo,
     train_ppo,
     train_reward_model,
 )
-from sft.run import write_json_atomic
+from experiments.lab.worlds import World, WorldOptions, open_world
+from moe.errors import UserError
+from sft.run import plain, write_json_atomic
 
 TUNING_SEED = 9001
 MAX_PERPLEXITY_RATIO = 1.5
 NUM_PROMPTS = 128
 
-# (beta, lr) and (KL coefficient, lr).
-FULL_DPO = ((0.1, 1e-4), (0.1, 3e-4), (0.3, 3e-4), (0.3, 6e-4))
-LORA_DPO = ((0.1, 1e-3), (0.1, 3e-3), (0.3, 1e-3), (0.3, 3e-3))
-FULL_PPO = ((0.1, 2e-4), (0.2, 3e-4), (0.2, 5e-4), (0.3, 5e-4))
-LORA_PPO = ((0.1, 1e-3), (0.2, 1e-3), (0.1, 2e-3), (0.2, 2e-3))
-
 Arm = DPOArm | PPOArm | BestOfNArm
 
 
-def trials(scale: Scale, *, lora: bool = False) -> dict[str, tuple[Arm, ...]]:
-    """The settings that are tried; as many for each method. Adapters take more steps, higher lr."""
-    dpo, ppo = scale.dpo, scale.ppo
-    if lora:
-        dpo = replace(dpo, epochs=3 * scale.dpo.epochs)
-        tried_dpo, tried_ppo = LORA_DPO, LORA_PPO
-    else:
-        tried_dpo, tried_ppo = FULL_DPO, FULL_PPO
-    return {
-        "dpo": tuple(replace(dpo, beta=beta, lr=lr) for beta, lr in tried_dpo),
-        "ppo": tuple(replace(ppo, kl_coef=coef, lr=lr) for coef, lr in tried_ppo),
-        "best_of_n": tuple(BestOfNArm(n=n) for n in (4, 8, 16, 32)),
-    }
+def trials(world: World, *, lora: bool = False) -> dict[str, tuple[Arm, ...]]:
+    """The settings that are tried; as many for each method."""
+    tried = world.trials(lora=lora)
+    return {"dpo": tried.dpo, "ppo": tried.ppo, "best_of_n": tried.best_of_n}
 
 
-def validation_prompts(scale: Scale) -> list[str]:
-    """Held-out prompts that the evaluator does not use."""
-    every = tales.prompts(0, scale.num_eval_prompts + NUM_PROMPTS, split="held_out")
-    return every[scale.num_eval_prompts :]
-
-
-def _seed(scale: str, folder: Path, lora_rank: int, job: str) -> Seed:
+def _seed(options: WorldOptions, folder: Path, lora_rank: int, job: str) -> Seed:
     return Seed(
         seed=TUNING_SEED,
-        scale=SCALES[scale],
+        world=open_world(options),
         folder=folder / "stages",
         arms=folder / "arms",
         lora_rank=lora_rank,
@@ -71,9 +52,9 @@ def _seed(scale: str, folder: Path, lora_rank: int, job: str) -> Seed:
     )
 
 
-def trunk(scale: str, folder: Path, lora_rank: int) -> None:
-    seed = _seed(scale, folder, lora_rank, "trunk")
-    for stage, function in (("base", pretrain), ("sft", supervised_finetune)):
+def trunk(options: WorldOptions, folder: Path, lora_rank: int) -> None:
+    seed = _seed(options, folder, lora_rank, "trunk")
+    for stage, function in (("base", make_base), ("sft", supervised_finetune)):
         if not seed.is_done(stage):
             function(seed)
     collect_pairs(seed)
@@ -81,25 +62,24 @@ def trunk(scale: str, folder: Path, lora_rank: int) -> None:
         train_reward_model(seed)
 
 
-def trial(scale: str, folder: Path, lora_rank: int, method: str, place: int) -> None:
+def trial(options: WorldOptions, folder: Path, lora_rank: int, method: str, place: int) -> None:
     """Train one setting and write what selection may see."""
     name = f"{method}-{place}"
-    seed = _seed(scale, folder, lora_rank, name)
-    arm = trials(seed.scale, lora=lora_rank > 0)[method][place]
+    seed = _seed(options, folder, lora_rank, name)
+    arm = trials(seed.world, lora=lora_rank > 0)[method][place]
     if isinstance(arm, DPOArm) and not seed.is_done(name):
         train_dpo(seed, arm, name=name)
     elif isinstance(arm, PPOArm) and not seed.is_done(name):
         train_ppo(seed, arm, name=name)
     best = arm if isinstance(arm, BestOfNArm) else None
-    measured, _ = measure_arm(
-        seed, "best_of_n" if best else name, validation_prompts(seed.scale), best=best
-    )
+    prompts = seed.world.validation_prompts(NUM_PROMPTS)
+    measured, _ = measure_arm(seed, "best_of_n" if best else name, prompts, best=best)
     write_json_atomic(folder / f"{name}.json", {"arm": asdict(arm), **measured.metrics})
 
 
-def measure_sft(scale: str, folder: Path, lora_rank: int) -> None:
-    seed = _seed(scale, folder, lora_rank, "sft")
-    measured, _ = measure_arm(seed, "sft", validation_prompts(seed.scale))
+def measure_sft(options: WorldOptions, folder: Path, lora_rank: int) -> None:
+    seed = _seed(options, folder, lora_rank, "sft")
+    measured, _ = measure_arm(seed, "sft", seed.world.validation_prompts(NUM_PROMPTS))
     write_json_atomic(folder / "sft.json", measured.metrics)
 
 
@@ -115,17 +95,21 @@ def choose(rows: Sequence[Mapping[str, Any]], *, sft_perplexity: float) -> int:
     return max(allowed, key=lambda i: rows[i]["proxy_reward"])
 
 
-def tune(*, scale: str, lora_rank: int, processes: int, folder: Path) -> dict[str, Any]:
-    """Run all trials and print and write which setting of each method is chosen."""
-    import json
+def tune(options: WorldOptions, folder: Path, *, lora_rank: int, processes: int) -> dict[str, Any]:
+    """Run all trials and print and write which setting of each method is chosen.
 
-    base = (scale, folder, lora_rank)
+    Continues what lies in the folder; raises UserError if that was begun with other options.
+    """
+    world = open_world(options)
+    world.check()
+    base = (options, folder, lora_rank)
     folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, {**plain(options), "lora_rank": lora_rank})
     jobs = [
         Job(name="trunk", function=trunk, arguments=base, weight=4),
         Job(name="sft", function=measure_sft, arguments=base, after=("trunk",), weight=0.1),
     ]
-    settings = trials(SCALES[scale], lora=lora_rank > 0)
+    settings = trials(world, lora=lora_rank > 0)
     for method, weight in (("ppo", 3.0), ("dpo", 1.0), ("best_of_n", 0.5)):
         jobs += [
             Job(
@@ -162,3 +146,15 @@ def tune(*, scale: str, lora_rank: int, processes: int, folder: Path) -> dict[st
             )
     write_json_atomic(folder / "tuning.json", found)
     return found
+
+
+def _claim(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Trials of two worlds, scales or models in one folder would be taken for each other's."""
+    path = folder / "options.json"
+    if not path.is_file():
+        write_json_atomic(path, asked)
+    elif (held := json.loads(path.read_text(encoding="utf-8"))) != asked:
+        differ = [f"{k} {held.get(k)} there, {v} now" for k, v in asked.items() if held.get(k) != v]
+        raise UserError(
+            f"{folder} holds trials of other options ({', '.join(differ)}): give another --out."
+        )

@@ -11,14 +11,15 @@ from experiments.lab import judging, stages
 from experiments.lab.gold import GoldForbidden, GoldReward
 from experiments.lab.presets import DEBUG
 from experiments.lab.seed import Seed
-from experiments.lab.tuning import choose, trials, validation_prompts
+from experiments.lab.tuning import NUM_PROMPTS, choose, trials
+from experiments.lab.world_tales import TalesWorld
 from sft.checkpoint import live_tensors, read_checkpoint
 
 
 def make_seed(folder: Path, *, lora_rank: int = 0, number: int = 3) -> Seed:
     return Seed(
         seed=number,
-        scale=DEBUG,
+        world=TalesWorld(scale=DEBUG),
         folder=folder / "stages",
         arms=folder,
         lora_rank=lora_rank,
@@ -29,7 +30,7 @@ def make_seed(folder: Path, *, lora_rank: int = 0, number: int = 3) -> Seed:
 def run_trunk(seed: Seed) -> None:
     """Everything but the labelling under a ban on gold."""
     with GoldReward.forbid():
-        stages.pretrain(seed)
+        stages.make_base(seed)
         stages.supervised_finetune(seed)
     stages.collect_pairs(seed)
     with GoldReward.forbid():
@@ -128,6 +129,7 @@ def test_under_lora_the_reference_is_the_frozen_sft_adapter(lora: Seed) -> None:
 
 def test_routing_of_sft_does_not_drift_from_itself(full: Seed) -> None:
     found = judging.routing_of(full, "sft")
+    assert found is not None
     assert found["jaccard_from_sft"] == [1.0, 1.0]
     assert found["jsd_from_sft"] == [0.0, 0.0]
     assert all(abs(sum(layer) - 4) < 1e-9 for layer in found["load_share"])
@@ -136,7 +138,7 @@ def test_routing_of_sft_does_not_drift_from_itself(full: Seed) -> None:
 
 def test_a_stage_that_is_asked_again_gives_the_same_weights(full: Seed, tmp_path: Path) -> None:
     again = make_seed(tmp_path)
-    stages.pretrain(again)
+    stages.make_base(again)
     first = live_tensors(full.base())
     second = live_tensors(again.base())
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -154,13 +156,13 @@ def test_pairs_hold_two_different_completions_and_no_reward(full: Seed) -> None:
 
 
 def test_every_method_gets_the_same_number_of_tuning_trials() -> None:
-    assert {len(settings) for settings in trials(DEBUG).values()} == {4}
+    assert {len(settings) for settings in trials(TalesWorld(scale=DEBUG)).values()} == {4}
 
 
 def test_tuning_prompts_are_not_those_of_the_evaluator() -> None:
     seed = make_seed(Path("unused"))
     evaluated = set(seed.eval_prompts(DEBUG.num_eval_prompts))
-    assert not evaluated & set(validation_prompts(DEBUG))
+    assert not evaluated & set(seed.world.validation_prompts(NUM_PROMPTS))
 
 
 def test_tuning_takes_the_highest_learned_reward_whose_text_is_still_text() -> None:
