@@ -31,7 +31,7 @@ CURVES = (
     r"^(train|eval|val)?/?loss$",
     r"accuracy$",
     r"kl(_sequence)?$",
-    r"max_vio$",
+    r"router/max_vio$",
     r"loss",
     r"reward",
 )
