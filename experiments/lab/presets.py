@@ -284,8 +284,8 @@ STORIES_LAPTOP = Scale(
     num_routing_texts=64,
     save_steps=60,
     dpo=DPOArm(beta=0.1, lr=3e-4, epochs=1.0, batch_size=32),
-    ppo=PPOArm(kl_coef=0.2, lr=5e-4, updates=16, episodes=64, epochs=2, minibatches=2),
-    best_of_n=BestOfNArm(n=8),
+    ppo=PPOArm(kl_coef=0.1, lr=2e-4, updates=16, episodes=64, epochs=2, minibatches=2),
+    best_of_n=BestOfNArm(n=16),
     lora=LoraArms(
         sft_lr=4e-3,
         sft_epochs=2.0,
