@@ -269,9 +269,9 @@ def arm_job(config: Config, folder: Path, seed_number: int, arm: str) -> None:
 
     seed = _seed(config, folder, seed_number, f"s{seed_number} {arm}")
     if arm == "dpo" and not seed.is_done(arm):
-        stages.train_dpo(seed, seed.dpo)
+        stages.train_dpo(seed, seed.tuned.dpo)
     if arm == "ppo" and not seed.is_done(arm):
-        stages.train_ppo(seed, seed.ppo)
+        stages.train_ppo(seed, seed.tuned.ppo)
     _judge(seed, arm)
 
 

@@ -92,7 +92,7 @@ def train_sft(seed: PairsSeed) -> None:
             rows=rows,
             collator=SupervisedCollator(seed.text_path.pad_id),
             balance=seed.balance(model),
-            **seed.trainer_options("sft", tracker, meter, fingerprints=seed.fingerprints),
+            **seed.trainer_options("sft", tracker, meter),
         ).fit(resume=True)
         after = _held_out_loss(seed, model)
     seed.save("sft", model, {"held_out_loss": {"before": before, "after": after}, **meter.facts()})
@@ -118,7 +118,7 @@ def train_reward_model(seed: PairsSeed) -> None:
             rows=rows,
             collator=PreferenceCollator(seed.text_path.pad_id),
             balance=seed.balance(model),
-            **seed.trainer_options("rm", tracker, meter, fingerprints=seed.fingerprints),
+            **seed.trainer_options("rm", tracker, meter),
         ).fit(resume=True)
         report = measure_reward(model, held_out, train_batches=batches_of(seed, rows))
         found, count = report.accuracy, report.accuracy.num_pairs
@@ -159,7 +159,7 @@ def train_dpo(seed: PairsSeed) -> None:
             loss=loss,
             rows=rows,
             collator=PreferenceCollator(seed.text_path.pad_id),
-            **seed.trainer_options("dpo", tracker, meter, fingerprints=seed.fingerprints),
+            **seed.trainer_options("dpo", tracker, meter),
         ).fit(resume=True)
         after = score_pairs(policy, reference, loss, batches=held_out)
         tracker.log(

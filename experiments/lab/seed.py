@@ -1,61 +1,38 @@
-"""One seed of a run: its world, its folders, its models.
+"""One seed of a comparison: its world, its settings, its models.
 
-Weights are kept in our checkpoint format under `<folder>/<stage>/final`; a model is rebuilt by code
-and filled strictly, so that a file of another shape is refused rather than half loaded.
+The decision to know: a model is named by its stage and rebuilt from the world and the seed, so that
+every job of the grid can open what another left without being told more.
 """
 
 import copy
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from experiments.lab.meter import Meter, metered
-from experiments.lab.presets import DPOArm, PPOArm, Scale
+from experiments.lab.presets import LoraArms, Scale
+from experiments.lab.stage_folder import StageFolder
 from experiments.lab.worlds import World
 from rlhf.reference import FrozenAdapter, FrozenCopy, Reference
-from rlhf.reward import (
-    scalar_model,
-)
+from rlhf.reward import scalar_model
 from sft.adapt import LoraSpec, add_lora, copy_adapter, merged, trainable_by_part
-from sft.checkpoint import (
-    live_tensors,
-    load_strictly,
-    newest_checkpoint,
-    read_checkpoint,
-    write_checkpoint,
-)
 from sft.run import config_hash
 from sft.text import TextPath
-from sft.tracking import Tracker
 
-Progress = Callable[[str, int, int], None]
 # A model without experts has its adapters on the dense FFN in their place.
 LORA_TARGETS = (("attention", "experts"), ("attention", "ffn"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seed:
-    """One seed of a run: in which world, where it works, and how it tells what it is doing.
+class Seed(StageFolder):
+    """See `StageFolder`. lora_rank: 0 for full updates; pretraining is always full."""
 
-    folder: private files (weights, pairs). arms: parent of `<arm>-s<seed>` folders.
-    lora_rank: 0 for full updates; pretraining is always full.
-    """
-
-    seed: int
     world: World
-    folder: Path
-    arms: Path
     lora_rank: int = 0
     experiment: str = "compare"
-    mirror: bool = True
-    progress: Progress = lambda stage, step, total: None
 
     @property
     def scale(self) -> Scale:
@@ -67,34 +44,21 @@ class Seed:
         spec = LoraSpec(rank=self.lora_rank, alpha=2.0 * self.lora_rank, targets=targets)
         return add_lora(model, spec, name=name)
 
-    def arm_folder(self, arm: str) -> Path:
-        return self.arms / f"{arm}-s{self.seed}"
-
-    # Settings that differ under adapters.
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {
+            "scale": config_hash(asdict(self.scale)),
+            "world": config_hash(self.world.facts()),
+        }
 
     @property
-    def sft_lr(self) -> float:
-        return self.scale.lora.sft_lr if self.lora_rank else self.scale.sft_lr
+    def told(self) -> dict[str, Any]:
+        return {"lora_rank": self.lora_rank}
 
     @property
-    def sft_epochs(self) -> float:
-        return self.scale.lora.sft_epochs if self.lora_rank else self.scale.sft_epochs
-
-    @property
-    def rm_epochs(self) -> float:
-        return self.scale.lora.rm_epochs if self.lora_rank else self.scale.rm_epochs
-
-    @property
-    def rm_lr(self) -> float:
-        return self.scale.lora.rm_lr if self.lora_rank else self.scale.rm_lr
-
-    @property
-    def dpo(self) -> DPOArm:
-        return self.scale.lora.dpo if self.lora_rank else self.scale.dpo
-
-    @property
-    def ppo(self) -> PPOArm:
-        return self.scale.lora.ppo if self.lora_rank else self.scale.ppo
+    def tuned(self) -> Scale | LoraArms:
+        """The settings that differ under adapters."""
+        return self.scale.lora if self.lora_rank else self.scale
 
     # Text.
 
@@ -107,32 +71,11 @@ class Seed:
 
     # Models on disk.
 
-    def save(self, stage: str, model: nn.Module, facts: dict[str, Any]) -> None:
-        write_checkpoint(
-            self.folder / stage / "final",
-            tensors={"model": live_tensors(model)},
-            documents={"facts": facts},
-            facts={"stage": stage, "seed": self.seed},
-        )
-
-    def facts(self, stage: str) -> dict[str, Any]:
-        path = self.folder / stage / "final" / "facts.json"
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return facts
-
     def pairs(self) -> dict[str, Any]:
         """What `stages.collect_pairs` left: the pairs, and facts about them."""
         text = (self.folder / "pairs.json").read_text(encoding="utf-8")
         found: dict[str, Any] = json.loads(text)
         return found
-
-    def is_done(self, stage: str) -> bool:
-        return (self.folder / stage / "final" / "MANIFEST.json").is_file()
-
-    def load(self, stage: str, model: nn.Module) -> nn.Module:
-        checkpoint = read_checkpoint(self.folder / stage / "final")
-        load_strictly(model, checkpoint.tensors["model"], source=str(checkpoint.folder))
-        return model
 
     def fresh_model(self) -> PreTrainedModel:
         return self.world.new_model(self.text_path(), seed=self.seed)
@@ -161,50 +104,6 @@ class Seed:
         plain = merged(copy.deepcopy(self.sft()))
         model: nn.Module = scalar_model(plain)
         return self.with_lora(model) if self.lora_rank else model
-
-    # Running a trainer.
-
-    @contextmanager
-    def tracked(self, arm: str, job: str) -> Iterator[Tracker]:
-        folder = self.arm_folder(arm)
-        resume = _resume_steps(self.folder / job, job)
-        with Tracker(
-            folder,
-            group=self.experiment,
-            job_type=job,
-            name=f"{arm}-s{self.seed}",
-            config={"seed": self.seed, "arm": arm, "lora_rank": self.lora_rank},
-            mirror="wandb" if self.mirror else "none",
-            resume_step=resume,
-            console=None,
-        ) as tracker:
-            yield tracker
-
-    def metered(self, stage: str) -> AbstractContextManager[Meter]:
-        """Seconds and memory of a stage, over all its starts."""
-        return metered(self.folder / stage / "meter.json")
-
-    def trainer_options(self, job: str, tracker: Tracker, meter: Meter) -> dict[str, Any]:
-        def tell(step: int, total: int) -> None:
-            meter.tick()
-            self.progress(job, step, total)
-
-        return {
-            "folder": self.folder / job,
-            "stage": job,
-            "tracker": tracker,
-            "fingerprints": {
-                "scale": config_hash(asdict(self.scale)),
-                "world": config_hash(self.world.facts()),
-            },
-            "on_progress": tell,
-        }
-
-
-def _resume_steps(folder: Path, stage: str) -> dict[str, int]:
-    """How far this stage's metrics count: to its newest checkpoint, else not at all."""
-    newest, _ = newest_checkpoint(folder)
-    return {stage: int(newest.name.rpartition("-")[2]) if newest else 0}
 
 
 def load_policy(seed: Seed, arm: str) -> nn.Module:

@@ -62,17 +62,31 @@ class StageFolder:
         load_strictly(model, checkpoint.tensors["model"], source=str(checkpoint.folder))
         return model
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What a stage's checkpoints rest on; a resumed stage must agree with it."""
+        return {}
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the mirror is told of a stage beside its seed and arm."""
+        return {}
+
     @contextmanager
-    def tracked(self, stage: str) -> Iterator[Tracker]:
-        """A tracker whose metrics go on from the stage's newest checkpoint."""
+    def tracked(self, stage: str, *, arm: str | None = None) -> Iterator[Tracker]:
+        """A tracker whose metrics go on from the stage's newest checkpoint.
+
+        arm: the folder that the stage writes into, by default its own.
+        """
+        arm = stage if arm is None else arm
         newest, _ = newest_checkpoint(self.folder / stage)
         step = int(newest.name.rpartition("-")[2]) if newest else 0
         with Tracker(
-            self.arm_folder(stage),
+            self.arm_folder(arm),
             group=self.experiment,
             job_type=stage,
-            name=f"{stage}-s{self.seed}",
-            config={"seed": self.seed, "arm": stage},
+            name=f"{arm}-s{self.seed}",
+            config={"seed": self.seed, "arm": arm, **self.told},
             mirror="wandb" if self.mirror else "none",
             resume_step={stage: step},
             console=None,
@@ -83,9 +97,7 @@ class StageFolder:
         """Seconds and memory of a stage, over all its starts."""
         return metered(self.folder / stage / "meter.json")
 
-    def trainer_options(
-        self, stage: str, tracker: Tracker, meter: Meter, *, fingerprints: Mapping[str, str]
-    ) -> dict[str, Any]:
+    def trainer_options(self, stage: str, tracker: Tracker, meter: Meter) -> dict[str, Any]:
         """What every trainer of a stage is given beside model, settings, rows and collator."""
 
         def tell(step: int, total: int) -> None:
@@ -96,6 +108,6 @@ class StageFolder:
             "folder": self.folder / stage,
             "stage": stage,
             "tracker": tracker,
-            "fingerprints": dict(fingerprints),
+            "fingerprints": self.fingerprints,
             "on_progress": tell,
         }

@@ -66,7 +66,7 @@ def make_base(seed: Seed) -> None:
 
 def _take_base(seed: Seed, notes: list[str]) -> None:
     model = seed.fresh_model()
-    with seed.metered("base") as meter, seed.tracked("base", "base") as tracker:
+    with seed.metered("base") as meter, seed.tracked("base") as tracker:
         show_stage(seed, "base", model, tracker)
     facts = {"notes": notes, "routed": has_router(model), "tokens_trained": 0}
     seed.save("base", model, {**facts, **meter.facts()})
@@ -87,7 +87,10 @@ def _pretrain(seed: Seed, rows: Sequence[Any], notes: list[str]) -> None:
         keep_checkpoints=1,
     )
     model = seed.fresh_model()
-    with seed.metered("pretrain") as meter, seed.tracked("base", "pretrain") as tracker:
+    with (
+        seed.metered("pretrain") as meter,
+        seed.tracked("pretrain", arm="base") as tracker,
+    ):
         trainer = SFTTrainer(
             model,
             settings,
@@ -108,8 +111,8 @@ def supervised_finetune(seed: Seed) -> None:
     settings = scale.train(
         rows=len(rows),
         batch=scale.sft_batch,
-        epochs=seed.sft_epochs,
-        lr=seed.sft_lr,
+        epochs=seed.tuned.sft_epochs,
+        lr=seed.tuned.sft_lr,
         seed=seed.seed,
     )
     model = seed.base()
@@ -117,7 +120,7 @@ def supervised_finetune(seed: Seed) -> None:
     before = held_out_loss(seed, model)
     if seed.lora_rank:
         model = seed.with_lora(model, name="sft")
-    with seed.metered("sft") as meter, seed.tracked("sft", "sft") as tracker:
+    with seed.metered("sft") as meter, seed.tracked("sft") as tracker:
         SFTTrainer(
             model,
             settings,
@@ -234,13 +237,13 @@ def train_reward_model(seed: Seed) -> None:
     settings = scale.train(
         rows=len(train),
         batch=scale.rm_batch,
-        epochs=seed.rm_epochs,
-        lr=seed.rm_lr,
+        epochs=seed.tuned.rm_epochs,
+        lr=seed.tuned.rm_lr,
         seed=seed.seed,
     )
     model = seed.reward_model()
     collator = PreferenceCollator(text_path.pad_id)
-    with seed.metered("rm") as meter, seed.tracked("rm", "rm") as tracker:
+    with seed.metered("rm") as meter, seed.tracked("rm") as tracker:
         RewardTrainer(
             model,
             settings,
@@ -331,7 +334,7 @@ def train_dpo(seed: Seed, arm: DPOArm, *, name: str = "dpo") -> None:
         rows=len(train), batch=arm.batch_size, epochs=arm.epochs, lr=arm.lr, seed=seed.seed
     )
     policy, reference = seed.policy_and_reference()
-    with seed.metered(name) as meter, seed.tracked(name, name) as tracker:
+    with seed.metered(name) as meter, seed.tracked(name) as tracker:
         trainer = DPOTrainer(
             policy,
             settings,
@@ -377,7 +380,7 @@ def train_ppo(seed: Seed, arm: PPOArm, *, name: str = "ppo") -> None:
         keep_checkpoints=1,
     )
     policy, reference = seed.policy_and_reference()
-    with seed.metered(name) as meter, seed.tracked(name, name) as tracker:
+    with seed.metered(name) as meter, seed.tracked(name) as tracker:
         trainer = PPOTrainer(
             policy,
             settings,
