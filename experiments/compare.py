@@ -33,43 +33,14 @@ several betas, and the points along one training of ours are no frontier.
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments.lab.compare_terms import EXPERIMENT, QUESTION, RULE, STAGES, arms_of
 from sft.flags import main_guard, parse
-from sft.run import Run, config_hash, write_json_atomic
+from sft.run import Run, write_json_atomic
 
-EXPERIMENT = "compare"
-ARMS = ("base", "few_shot", "sft", "dpo", "ppo", "best_of_n")
-METHODS = ("dpo", "ppo", "best_of_n")
-STAGES = ("base", "sft", "rm", "dpo", "ppo")
-QUESTION = (
-    "Do DPO, PPO and best-of-n improve on SFT in gold reward when all see the same preferences, "
-    "and what does it do to text, forgetting and routing?"
-)
-RULE = (
-    "REPRODUCED if DPO, PPO and best-of-n are each BETTER than SFT in gold_reward (95 % interval "
-    "of paired seed differences above 0); NOT REPRODUCED if any is WORSE; else INCONCLUSIVE"
-)
-# Metric -> (higher is better, half-width inside which a difference does not matter), per world.
-# Fixed before the reported seeds ran; in the metric's own units.
-METRICS: Mapping[str, tuple[bool, float]] = {
-    "gold_reward": (True, 0.1),
-    "proxy_reward": (True, 0.2),
-    "kl_sequence": (False, 0.5),
-    "win_rate": (True, 0.03),
-    "length": (False, 1.0),
-    "distinct_2": (True, 0.02),
-    "reference_perplexity": (False, 0.1),
-    "base_perplexity": (False, 0.2),
-}
-WORLD_METRICS: Mapping[str, Mapping[str, tuple[bool, float]]] = {
-    "tales": METRICS,
-    # VADER's compound lies between -1 and 1, with about half of tales' spread.
-    "stories": {**METRICS, "gold_reward": (True, 0.05), "original_perplexity": (False, 0.5)},
-}
-EXTRA_METRICS = ("ended", "tokens_generated", "tokens_trained")
 STATE_KEYS = ("out", "resume", "overwrite", "processes", "mirror", "tune")
 STORIES_KEYS = ("model", "upcycle", "target", "sft_data")
 # The options that a world has of its own; those of the others have no effect in it.
@@ -226,11 +197,6 @@ def _world(config: Config) -> Any:
     return open_world(world_options(config))
 
 
-def arms_of(world: Any) -> tuple[str, ...]:
-    """The arms that a world has, in their order."""
-    return tuple(arm for arm in ARMS if arm != "few_shot" or world.scale.few_shot)
-
-
 # Jobs: each runs in a worker process and leaves its result on disk.
 
 
@@ -365,58 +331,6 @@ def plan(config: Config, folder: Path) -> list[Any]:
     return jobs
 
 
-# From the files of the jobs to the summary.
-
-
-def _read(folder: Path, arm: str, seed: int, name: str) -> dict[str, Any]:
-    path = folder / f"{arm}-s{seed}" / name
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def gather(config: Config, folder: Path, *, seeds: Sequence[int], status: str) -> dict[str, Any]:
-    """summary.json from what the jobs of these seeds left."""
-    from experiments.lab.evaluation import win_rate
-
-    world, metric_names = _world(config), (*WORLD_METRICS[config.world], *EXTRA_METRICS)
-    arms: dict[str, dict[str, list[float]]] = {arm: {} for arm in arms_of(world)}
-    for seed in seeds:
-        sft = _read(folder, "sft", seed, "judged.json")
-        for arm in arms:
-            judged = _read(folder, arm, seed, "judged.json")
-            metrics = {**judged["metrics"], "win_rate": win_rate(judged["gold"], sft["gold"])}
-            for name in metric_names:
-                arms[arm].setdefault(name, []).append(metrics[name])
-    comparisons = _comparisons(arms, WORLD_METRICS[config.world])
-    routing = _routing(folder, seeds)
-    own = _of_world(world, folder, seeds, arms=arms, routing=routing)
-    return {
-        "schema": 1,
-        "experiment": EXPERIMENT,
-        "question": QUESTION,
-        "status": status,
-        "config_hash": config_hash(identity(config)),
-        "commit": _commit(folder),
-        "seeds": list(seeds),
-        "arms": arms,
-        "comparisons": comparisons,
-        "routing": routing,
-        "frontier": {
-            arm: [_read(folder, arm, s, "judged.json")["frontier"] for s in seeds]
-            for arm in ("dpo", "ppo")
-        },
-        "reward_model": _reward_models(folder, seeds),
-        "verdict": {"word": verdict_word(comparisons), "rule": RULE, "threshold": 0.0},
-        "claims": _claims(arms),
-        **own,
-        "notes": [
-            *_notes(world, folder, seeds, arms=arms),
-            *([*own["world"]["sentences"], own["world"]["degenerate_rule"] + "."] if own else ()),
-        ],
-        "timings": _timings(folder, seeds, arms=arms),
-    }
-
-
 def identity(config: Config) -> dict[str, Any]:
     """What decides the result: the configuration without where, how many processes, and logging.
 
@@ -426,233 +340,13 @@ def identity(config: Config) -> dict[str, Any]:
     return {k: v for k, v in asdict(config).items() if k not in (*STATE_KEYS, *idle)}
 
 
-def _commit(folder: Path) -> str | None:
-    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    return environment.get("commit")
-
-
-def _comparisons(
-    arms: Mapping[str, Mapping[str, list[float]]], metrics: Mapping[str, tuple[bool, float]]
-) -> list[dict[str, Any]]:
-    from experiments.lab.verdict import compare
-
-    found = []
-    for arm in arms:
-        if arm == "sft":
-            continue
-        for metric, (higher_is_better, margin) in metrics.items():
-            result = compare(
-                arms[arm][metric],
-                arms["sft"][metric],
-                margin=margin,
-                higher_is_better=higher_is_better,
-            )
-            found.append({"arm": arm, "against": "sft", "metric": metric, **asdict(result)})
-    return found
-
-
-def verdict_word(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """The rule in `RULE`, applied to the computed words."""
-    words = [c["word"] for c in comparisons if c["metric"] == "gold_reward" and c["arm"] in METHODS]
-    if words and all(word == "BETTER" for word in words):
-        return "REPRODUCED"
-    return "NOT REPRODUCED" if "WORSE" in words else "INCONCLUSIVE"
-
-
-def _claims(arms: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any]]:
-    from experiments.lab.plots import label
-    from experiments.lab.verdict import published_verdict
-
-    claims = []
-    for arm in METHODS:
-        wins = arms[arm]["win_rate"]
-        claims.append(
-            {
-                "claim": f"{label(arm)} beats SFT: win rate on held-out prompts (at least 60 %)",
-                "published": "RLHF over its baselines: 71 to 85 % (Ouyang et al. 2022)",
-                "ours": wins,
-                "verdict": published_verdict(
-                    [w - 0.5 for w in wins], published_sign=1, threshold=0.1
-                ),
-            }
-        )
-    gaps = [
-        d - p for d, p in zip(arms["dpo"]["kl_sequence"], arms["ppo"]["kl_sequence"], strict=True)
-    ]
-    claims.append(
-        {
-            "claim": "DPO moves the model further than PPO (KL per sequence, threshold 0.5 nats)",
-            "published": "a handbook's statement, not a published finding; both share one optimum",
-            "ours": gaps,
-            "verdict": published_verdict(gaps, published_sign=1, threshold=0.5),
-        }
-    )
-    return claims
-
-
-def _routing(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, list[Any]]]:
-    """stage -> metric -> [per seed] of the recorded routing; empty for a model without experts."""
-    routing: dict[str, dict[str, list[Any]]] = {}
-    if not _stage_facts(folder, seeds[0], "base")["routed"]:
-        return routing
-    for stage in STAGES:
-        for seed in seeds:
-            for name, value in _read(folder, stage, seed, "routing.json").items():
-                routing.setdefault(stage, {}).setdefault(name, []).append(value)
-    return routing
-
-
-def _reward_models(folder: Path, seeds: Sequence[int]) -> dict[str, list[Any]]:
-    facts = [_stage_facts(folder, s, "rm") for s in seeds]
-    pairs = [_pairs(folder, s) for s in seeds]
-    return {
-        "accuracy": [f["accuracy"] for f in facts],
-        "accuracy_interval95": [f["accuracy_interval95"] for f in facts],
-        "num_val_pairs": [f["num_val_pairs"] for f in facts],
-        "label_accuracy": [p["label_accuracy"] for p in pairs],
-    }
-
-
-def _stage_facts(folder: Path, seed: int, stage: str) -> dict[str, Any]:
-    path = folder / "stages" / f"s{seed}" / stage / "final" / "facts.json"
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return facts
-
-
-def _pairs(folder: Path, seed: int) -> dict[str, Any]:
-    path = folder / "stages" / f"s{seed}" / "pairs.json"
-    pairs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return pairs
-
-
-def _of_world(
-    world: Any,
-    folder: Path,
-    seeds: Sequence[int],
-    *,
-    arms: Mapping[str, Mapping[str, list[float]]],
-    routing: dict[str, Any],
-) -> dict[str, Any]:
-    """What a world with a given model tells beside the rest; nothing in a world without one."""
-    from experiments.lab.degenerate import RULE as DEGENERATE_RULE
-    from experiments.lab.degenerate import degenerate
-    from experiments.lab.specialisation import specialisation_sentence
-
-    given = world.facts()
-    if not given:
-        return {}
-    losses = [_stage_facts(folder, seed, "sft")["held_out_loss"] for seed in seeds]
-    shares = [_pairs(folder, seed)["ended_share"] for seed in seeds]
-    before, after = ([loss[side] for loss in losses] for side in ("before", "after"))
-    penalties = [world.missing_eos_penalty(share) for share in shares]
-    sentences = [
-        *world.sentences(before=before, after=after, ended=shares),
-        *filter(None, [specialisation_sentence(routing, stage="sft", name="SFT")]),
-    ]
-    if not routing:
-        sentences.append("The model has no experts, so there is no routing to tell.")
-    return {
-        "degenerate": degenerate(arms, METHODS, seeds=seeds),
-        "world": {
-            **given,
-            "held_out_sft_loss_before": before,
-            "held_out_sft_loss_after": after,
-            "sft_ended_share": shares,
-            "missing_eos_penalty": penalties,
-            "degenerate_rule": DEGENERATE_RULE,
-            "sentences": sentences,
-        },
-    }
-
-
-def _timings(
-    folder: Path, seeds: Sequence[int], *, arms: Collection[str]
-) -> dict[str, dict[str, list[Any]]]:
-    """Seconds and peak memory per stage and seed; `judge` is the evaluation of trained arms."""
-    timings: dict[str, dict[str, list[Any]]] = {"seconds": {}, "peak_mib": {}}
-    for seed in seeds:
-        costs: dict[str, Mapping[str, Any]] = {}
-        for stage, name in (("pairs", "pairs.json"), ("rm", "rm/final/facts.json")):
-            path = folder / "stages" / f"s{seed}" / name
-            costs[stage] = json.loads(path.read_text(encoding="utf-8"))
-        judges = []
-        for arm in arms:
-            costs[arm] = _read(folder, arm, seed, "judged.json")["timings"]
-            if arm in STAGES:
-                judges.append(costs[arm]["judge"])
-        peaks = [judge["peak_mib"] for judge in judges if judge["peak_mib"] is not None]
-        costs["judge"] = {
-            "seconds": sum(judge["seconds"] for judge in judges),
-            "peak_mib": max(peaks, default=None),
-        }
-        for stage, cost in costs.items():
-            for name, table in timings.items():
-                table.setdefault(stage, []).append(cost[name])
-    return timings
-
-
-def _notes(
-    world: Any,
-    folder: Path,
-    seeds: Sequence[int],
-    *,
-    arms: Mapping[str, Mapping[str, list[float]]],
-) -> list[str]:
-    notes = [
-        "Peak memory is the resident set of the worker process during the stage, with the about "
-        "500 MiB that its libraries take; seconds are those of all starts of a stage.",
-        "The KL of best-of-n is the bound ln n - (n - 1) / n, not a sample.",
-    ]
-    if "few_shot" in arms:
-        notes.append(
-            "Few-shot is the base model with worked examples in its prompt; its proxy reward and "
-            "KL read the same answer behind the plain prompt."
-        )
-    notes += world.notes
-    for seed in seeds:
-        notes += _stage_facts(folder, seed, "base")["notes"]
-    sft_perplexity = arms["sft"]["reference_perplexity"]
-    for arm in METHODS:
-        ratios = [
-            a / b for a, b in zip(arms[arm]["reference_perplexity"], sft_perplexity, strict=True)
-        ]
-        if max(ratios) > 1.5:
-            notes.append(
-                f"{arm}: perplexity under the SFT policy rises to {max(ratios):.2f} times SFT's "
-                "own in the worst seed: its text has left the reference's."
-            )
-    notes.append(f"Best-of-n draws n = {world.scale.best_of_n.n} completions per prompt.")
-    return sorted(set(notes), key=notes.index)
-
-
-def write_samples(config: Config, folder: Path, *, count: int = 12) -> None:
-    """The same held-out prompts before (SFT) and after, per arm and seed."""
-    world = _world(config)
-    for seed in config.seeds:
-        sft = _read(folder, "sft", seed, "judged.json")
-        for arm in arms_of(world):
-            judged = _read(folder, arm, seed, "judged.json")
-            prompts = world.held_out_prompts(len(judged["texts"]))
-            rows = [
-                {
-                    "prompt": prompts[i],
-                    "before": sft["texts"][i],
-                    "after": judged["texts"][i],
-                    "gold_before": sft["gold"][i],
-                    "gold_after": judged["gold"][i],
-                }
-                for i in range(min(count, len(prompts)))
-            ]
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            path = folder / f"{arm}-s{seed}" / "samples.jsonl"
-            path.write_text(text, encoding="utf-8")
-
-
 # The command.
 
 
 def run(config: Config) -> dict[str, Any]:
     """Run or resume the comparison; returns the summary."""
+    from experiments.lab.compare_summary import gather, write_samples
+    from experiments.lab.finish import end_run, show
     from experiments.lab.grid import run_grid
 
     if config.world == "pairs":
@@ -673,6 +367,9 @@ def run(config: Config) -> dict[str, Any]:
     jobs = plan(config, folder)
     done: set[str] = set()
 
+    def gathered(seeds: Sequence[int], status: str) -> dict[str, Any]:
+        return gather(_world(config), folder, seeds=seeds, status=status, identity=identity(config))
+
     def on_done(name: str) -> None:
         done.add(name)
         seed = name.split()[0]
@@ -680,7 +377,7 @@ def run(config: Config) -> dict[str, Any]:
         if own <= done and not any(s for s in shown):
             shown.append(seed)
             number = int(seed.removeprefix("s"))
-            _show(gather(config, folder, seeds=(number,), status="running"))
+            show(gathered((number,), "running"))
 
     shown: list[str] = []
     with state:
@@ -689,10 +386,10 @@ def run(config: Config) -> dict[str, Any]:
         except KeyboardInterrupt:
             print(f"\nstopped; continue with: python -m experiments.compare --resume {folder}")
             raise
-        summary = gather(config, folder, seeds=config.seeds, status="done")
-        write_samples(config, folder)
+        summary = gathered(config.seeds, "done")
+        write_samples(_world(config), folder, config.seeds)
         state.write_json("summary.json", summary)
-        finish(config, folder, summary)
+        end_run(folder, summary, config=identity(config), mirror=config.mirror)
     return summary
 
 
@@ -702,29 +399,6 @@ def _open_run(config: Config) -> Run:
     return Run.create(
         Path("results"), EXPERIMENT, identity(config), out=config.out, overwrite=config.overwrite
     )
-
-
-def finish(config: Config, folder: Path, summary: Mapping[str, Any]) -> None:
-    """Table, figures, report; the verdict to the mirror; the last lines on the console."""
-    from experiments.lab.report import write_all
-    from sft.tracking import Tracker
-
-    with Tracker(
-        folder / "report",
-        group=EXPERIMENT,
-        job_type="report",
-        name="verdict",
-        config=identity(config),
-        mirror=config.mirror,
-        console=None,
-    ) as tracker:
-        tracker.summary({"verdict": summary["verdict"]["word"], "rule": summary["verdict"]["rule"]})
-        sync = tracker.sync_command
-    path = write_all(folder)[0]
-    _show(summary)
-    print(f"\nreport  {path}")
-    if sync:
-        print(f"W&B     {sync.rsplit('/report/', 1)[0]}/*/wandb/offline-run-*   (offline copy)")
 
 
 def _print_header(config: Config, folder: Path) -> None:
@@ -740,24 +414,6 @@ def _print_header(config: Config, folder: Path) -> None:
     )
 
 
-def _show(summary: Mapping[str, Any]) -> None:
-    from rich.console import Console
-
-    from experiments.lab.tables import console_table, sentences
-
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    seeds = summary["seeds"]
-    if summary["status"] != "done":
-        console.print(f"\nfirst table, seed {seeds[0]} alone")
-    console.print(console_table(summary))
-    if summary["status"] == "done":
-        for sentence in sentences(summary):
-            console.print(sentence)
-        for sentence in summary.get("world", {}).get("sentences", ()):
-            console.print(sentence)
-        console.print(f"verdict: {summary['verdict']['word']}")
-
-
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -765,7 +421,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parsed.config
     given = {k for k, v in parsed.origins.items() if v != "built-in"}
     if config.resume is not None:
-        config = _as_stored(config, given=given)
+        from experiments.lab.finish import as_stored
+
+        config = as_stored(
+            config,
+            config.resume,
+            given=given,
+            except_for=STATE_KEYS,
+            paths=("model", "sft_data", "data"),
+        )
     _refuse_options_of_other_worlds(config.world, given)
     if config.tune:
         _refuse_idle_with_tune(given)
@@ -793,20 +457,6 @@ def _refuse_idle_with_tune(given: Collection[str]) -> None:
                 f"--{name} has no effect with --tune, which runs its own seed and mirrors nothing: "
                 "leave it out."
             )
-
-
-def _as_stored(config: Config, *, given: Collection[str]) -> Config:
-    """`--resume RUN` takes the run's own options; what is given beside it must agree with them."""
-    assert config.resume is not None
-    stored = Run.open(config.resume).config
-    own: dict[str, Any] = {
-        k: v for k, v in stored.items() if k not in STATE_KEYS and k not in given
-    }
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
-    for name in ("model", "sft_data", "data"):
-        if values.get(name) is not None:
-            values[name] = Path(values[name])
-    return replace(config, **values)
 
 
 if __name__ == "__main__":

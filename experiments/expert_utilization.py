@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.lab.expert_terminal import MEASURES, show
+from experiments.lab.runfiles import commit_of
 from moe.errors import UserError
 from sft.flags import main_guard, parse
 from sft.run import Run, config_hash, write_text_atomic
@@ -339,7 +340,7 @@ def summarise(config: Config, folder: Path, ready: Prepared, observed: Observed)
         "question": QUESTION,
         "status": "done",
         "config_hash": config_hash(config.in_force),
-        "commit": _commit(folder),
+        "commit": commit_of(folder),
         "by": config.by,
         "model": name,
         "shape": {"layers": layers, "experts": experts, "top_k": stats.top_k},
@@ -447,12 +448,6 @@ def _spelling(index: int, text_path: TextPath) -> str:
 def verdict(domains: Mapping[str, Any]) -> dict[str, Any]:
     word = "DIFFERENT" if domains["mean_p_value"] <= THRESHOLD else "NOT DISTINGUISHED"
     return {"word": word, "rule": RULE, "threshold": THRESHOLD}
-
-
-def _commit(folder: Path) -> str | None:
-    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    commit: str | None = environment["commit"]
-    return commit
 
 
 # --- files and figures ---------------------------------------------------------------------------

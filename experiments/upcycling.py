@@ -33,7 +33,7 @@ do not matter.
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,6 +136,7 @@ def plan(config: Config, folder: Path) -> list[Any]:
 
 def gather(config: Config, folder: Path) -> dict[str, Any]:
     """summary.json from what the jobs left."""
+    from experiments.lab.runfiles import commit_of
     from experiments.lab.upcycling_arms import ARMS, START
     from experiments.lab.upcycling_summary import arm_metrics, notes
 
@@ -156,7 +157,7 @@ def gather(config: Config, folder: Path) -> dict[str, Any]:
         "question": QUESTION,
         "status": "done",
         "config_hash": config_hash(config.identity),
-        "commit": _commit(folder),
+        "commit": commit_of(folder),
         "seeds": list(config.seeds),
         "arms": arms,
         "comparisons": comparisons,
@@ -258,19 +259,13 @@ def claims(arms: Mapping[str, Mapping[str, Sequence[float | None]]]) -> list[dic
     return found
 
 
-def _commit(folder: Path) -> str | None:
-    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    commit: str | None = environment.get("commit")
-    return commit
-
-
 # The command.
 
 
 def run(config: Config) -> dict[str, Any]:
     """Run or resume the experiment; returns the summary."""
+    from experiments.lab.finish import end_run
     from experiments.lab.grid import run_grid
-    from experiments.lab.report import write_all
 
     if config.resume is not None:
         state = Run.open(config.resume, config.identity, ignore=STATE_KEYS)
@@ -293,24 +288,8 @@ def run(config: Config) -> dict[str, Any]:
             raise
         summary = gather(config, folder)
         state.write_json("summary.json", summary)
-        path = write_all(folder)[0]
-    _show(summary)
-    print(f"\nreport  {path}")
+        end_run(folder, summary, config=config.identity)
     return summary
-
-
-def _show(summary: Mapping[str, Any]) -> None:
-    from rich.console import Console
-
-    from experiments.lab.tables import console_table, sentences
-
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(console_table(summary))
-    for sentence in sentences(summary):
-        console.print(sentence)
-    for claim in summary["claims"]:
-        console.print(f"{claim['verdict']}: {claim['claim']}")
-    console.print(f"verdict: {summary['verdict']['word']}")
 
 
 @main_guard
@@ -331,13 +310,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(found, indent=1))
         return 0
     if config.resume is not None:
-        stored = Run.open(config.resume).config
-        own: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in stored.items()
-            if key not in given
-        }
-        config = replace(config, **own)
+        from experiments.lab.finish import as_stored
+
+        config = as_stored(config, config.resume, given=given)
     run(config)
     return 0
 

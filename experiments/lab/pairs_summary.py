@@ -15,6 +15,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from experiments.lab.pairs_config import PairsConfig
+from experiments.lab.runfiles import commit_of
 from experiments.lab.verdict import MIN_PAIRS, compare, published_verdict, t_quantile
 from sft.run import config_hash
 
@@ -59,14 +60,13 @@ def gather(
         *_sentences(arms, splits, facts=facts),
         *overlap_sentences(comparisons),
     ]
-    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     return {
         "schema": 1,
         "experiment": "compare",
         "question": QUESTION,
         "status": status,
         "config_hash": config_hash(config.identity()),
-        "commit": environment.get("commit"),
+        "commit": commit_of(folder),
         "seeds": list(seeds),
         "arms": arms,
         "comparisons": comparisons,

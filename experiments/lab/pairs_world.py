@@ -9,11 +9,10 @@ goes on with `--resume` and ends in the same summary.
 """
 
 import json
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.lab.finish import end_run
 from experiments.lab.grid import Job, report, run_grid
 from experiments.lab.pairs_config import STATE_KEYS, PairsConfig
 from experiments.lab.pairs_summary import QUESTION, RULE, gather
@@ -119,7 +118,7 @@ def run_pairs(config: PairsConfig) -> dict[str, Any]:
             raise
         summary = gather(config, folder, seeds=config.seeds, status="done")
         state.write_json("summary.json", summary)
-        _finish(config, folder, summary)
+        end_run(folder, summary, config=identity, mirror=config.mirror)
     return summary
 
 
@@ -138,33 +137,3 @@ def _header(config: PairsConfig) -> list[str]:
         "each",
         f" rule    {RULE}",
     ]
-
-
-def _finish(config: PairsConfig, folder: Path, summary: Mapping[str, Any]) -> None:
-    """Table, figures, report; the verdict to the mirror; the last lines on the console."""
-    from rich.console import Console
-
-    from experiments.lab.report import write_all
-    from experiments.lab.tables import console_table, sentences
-    from sft.tracking import Tracker
-
-    with Tracker(
-        folder / "report",
-        group=EXPERIMENT,
-        job_type="report",
-        name="verdict",
-        config=config.identity(),
-        mirror=config.mirror,
-        console=None,
-    ) as tracker:
-        tracker.summary({"verdict": summary["verdict"]["word"], "rule": summary["verdict"]["rule"]})
-        sync = tracker.sync_command
-    path = write_all(folder)[0]
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(console_table(summary))
-    for sentence in (*sentences(summary), *summary["world"]["sentences"]):
-        console.print(sentence)
-    console.print(f"verdict: {summary['verdict']['word']}")
-    print(f"\nreport  {path}")
-    if sync:
-        print(f"W&B     {sync.rsplit('/report/', 1)[0]}/*/wandb/offline-run-*   (offline copy)")

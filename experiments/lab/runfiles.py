@@ -35,6 +35,13 @@ class RunFiles:
     notes: tuple[str, ...]
 
 
+def commit_of(folder: Path) -> str | None:
+    """The commit that a run was started at; None outside a repository."""
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    commit: str | None = environment.get("commit")
+    return commit
+
+
 def read_run(folder: Path) -> RunFiles:
     """Reads a run's folder.
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from experiments.compare import ARMS, METRICS, Config, main, run, verdict_word
+from experiments.compare import Config, main, run
+from experiments.lab.compare_summary import verdict_word
+from experiments.lab.compare_terms import ARMS, METRICS
 from moe.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

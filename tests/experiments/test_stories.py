@@ -10,19 +10,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.compare import (
-    STAGES,
     Config,
-    arms_of,
-    finish,
-    gather,
     identity,
     main,
     plan,
     world_options,
-    write_samples,
 )
 from experiments.lab import judging, stages, tales
+from experiments.lab.compare_summary import gather, write_samples
+from experiments.lab.compare_terms import STAGES, arms_of
 from experiments.lab.evaluation import text_perplexity
+from experiments.lab.finish import end_run
 from experiments.lab.gold import GoldForbidden, GoldReward
 from experiments.lab.presets import STORIES_DEBUG, STORIES_LAPTOP
 from experiments.lab.seed import Seed
@@ -67,10 +65,12 @@ def run_here(config: Config, folder: Path) -> dict[str, Any]:
     with state:
         for job in plan(config, folder):
             job.function(*job.arguments)
-        summary = gather(config, folder, seeds=config.seeds, status="done")
-        write_samples(config, folder)
+        world = open_world(world_options(config))
+        own = identity(config)
+        summary = gather(world, folder, seeds=config.seeds, status="done", identity=own)
+        write_samples(world, folder, config.seeds)
         state.write_json("summary.json", summary)
-        finish(config, folder, summary)
+        end_run(folder, summary, config=own)
     return summary
 
 
@@ -200,8 +200,8 @@ def lora(llama: Path, tmp_path: Path) -> Iterator[Seed]:
 def test_adapters_train_every_stage_of_stories_without_gold(lora: Seed) -> None:
     with GoldReward.forbid():
         stages.train_reward_model(lora)
-        stages.train_dpo(lora, lora.dpo)
-        stages.train_ppo(lora, lora.ppo)
+        stages.train_dpo(lora, lora.tuned.dpo)
+        stages.train_ppo(lora, lora.tuned.ppo)
         best = lora.scale.best_of_n
         for arm in ("base", "sft", "dpo", "ppo", "best_of_n"):
             measured, _ = judging.measure_arm(lora, arm, lora.eval_prompts(4), best=best)

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from experiments.compare import ARMS, Config, arms_of, identity, main
+from experiments.compare import Config, identity, main
+from experiments.lab.compare_terms import ARMS, arms_of
 from experiments.lab.gold import GoldForbidden, GoldReward
 from experiments.lab.openings import BUCKETS, FORMS, KINDS, NAMES, PLACES, openings, side_of
 from experiments.lab.presets import DEBUG, LAPTOP, STORIES_DEBUG, STORIES_LAPTOP
