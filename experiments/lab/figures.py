@@ -24,6 +24,9 @@ CURVES_PER_STAGE = 4
 DRIFT = {
     "jaccard_from_sft": "Jaccard with SFT (1: same)",
     "jsd_from_sft": "JS divergence from SFT (0: same)",
+    "change_from_start": "choices changed from the start",
+    "change_between_seeds": "changed between two seeds",
+    "chosen_rejected_jsd": "chosen - rejected (JS, bits)",
 }
 # One curve for each kind of metric, in this order, so that one stage's many losses leave room.
 CURVES = (
@@ -226,7 +229,7 @@ def _drift_figure(run: RunFiles, png: Path | None) -> ReportFigure | None:
         stages = {
             stage: seeds
             for stage in in_order(routing)
-            if stage != "sft"  # its distance from itself
+            if not (stage == "sft" and metric.endswith("_from_sft"))  # its distance from itself
             and (seeds := routing[stage].get(metric))
             and numbers(value for seed in seeds for value in seed or ())
         }
@@ -244,9 +247,9 @@ def _drift_figure(run: RunFiles, png: Path | None) -> ReportFigure | None:
     return ReportFigure(
         section="Routing drift",
         name="drift",
-        alt=f"Line charts of routing drift per layer from the SFT model, for {names}.",
-        caption="How far each layer's choice of experts moved from the SFT model on the same "
-        "texts. Lines: mean over seeds; bands: from the lowest to the highest seed.",
+        alt=f"Line charts of routing drift per layer, for {names}.",
+        caption="How far each layer's choice of experts moved on the same texts. Lines: mean over "
+        "seeds; bands: from the lowest to the highest seed.",
         svg=plots.drift(panels, png=png),
         table=Table(
             header=("metric", "stage", "layer", "mean", "min", "max"),

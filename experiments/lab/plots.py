@@ -49,6 +49,10 @@ LABELS = {
     "longer_wins": "longer wins",
     "length_rule": "direction of length",
     "bag_of_words": "bag of words",
+    "sft_reseeded": "SFT, two seeds",
+    "rm_reseeded": "RM, two seeds",
+    "dpo_reseeded": "DPO, two seeds",
+    "ppo_reseeded": "PPO, two seeds",
 }
 
 
@@ -515,7 +519,9 @@ def bars(
             axes.plot(values, [y] * len(values), "o", ms=4, color=color, alpha=0.75, mew=0)
         _named_rows(axes, [label(arm) for arm in arms])
         axes.axvline(0, color="#444444", lw=0.8)
-        axes.set_xlabel(f"{metric} (bar: mean, dots: seeds, whisker: 95 % interval, 3 seeds or more)")
+        axes.set_xlabel(
+            f"{metric} (bar: mean, dots: seeds, whisker: 95 % interval if 3 seeds)"
+        )
         return _finish(figure, png)
 
 

@@ -30,6 +30,9 @@ METRICS = {
     "reference_perplexity": "reference perplexity",
     "original_perplexity": "original perplexity",
     "base_perplexity": "base perplexity",
+    "routing_change": "routing change",
+    "from_base": "routing change from base",
+    "token_kl": "KL (nats / token)",
     "accuracy": "held-out accuracy",
     "wilson_low": "Wilson interval, low",
     "wilson_high": "Wilson interval, high",
@@ -53,6 +56,11 @@ ROUTING = {
     "expert_distance": "distance between experts (0: copies)",
     "domain_jsd": "JS divergence between domains (bits)",
     "domain_jsd_by_chance": "the same by chance",
+    "change_from_start": "choices changed from the start",
+    "change_between_seeds": "changed between two seeds",
+    "jsd_from_start": "JS divergence from the start (bits)",
+    "chosen_rejected_jsd": "JS divergence, chosen from rejected (bits)",
+    "chosen_rejected_jsd_by_chance": "that by chance",
 }
 ANSWERED_FIRST = ("dpo", "ppo", "best_of_n", "sft", "few_shot", "base")
 
