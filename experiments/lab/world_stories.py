@@ -298,7 +298,7 @@ def stories_world(
     sft_data: Path | None,
 ) -> StoriesWorld:
     return StoriesWorld(
-        scale=STORIES_SCALES[scale],
+        scale=STORIES_SCALES[scale, target],
         model=model,
         experts=experts,
         target=target,

@@ -69,7 +69,7 @@ def test_token_kl_is_zero_to_itself_and_a_mean_over_tokens_to_another_model() ->
 
 
 def test_preferred_use_finds_an_expert_that_serves_chosen_answers_and_no_other() -> None:
-    even = torch.full((40, 1, 4), 5.0)
+    even = torch.full((40, 1, 4), 5.0, dtype=torch.float64)
     more = even.clone()
     more[:, :, 0] += 5
     found = preferred_use(more, even, seed=0)

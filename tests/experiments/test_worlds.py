@@ -1,5 +1,6 @@
 """What every world has to give, and how one is opened."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,13 @@ from experiments.compare import Config, identity, main
 from experiments.lab.compare_terms import ARMS, arms_of
 from experiments.lab.gold import GoldForbidden, GoldReward
 from experiments.lab.openings import BUCKETS, FORMS, KINDS, NAMES, PLACES, openings, side_of
-from experiments.lab.presets import DEBUG, LAPTOP, STORIES_DEBUG, STORIES_LAPTOP
+from experiments.lab.presets import (
+    DEBUG,
+    LAPTOP,
+    STORIES_DEBUG,
+    STORIES_LAPTOP,
+    STORIES_SCALES,
+)
 from experiments.lab.sentiment import compound
 from experiments.lab.tuning import _claim, trials
 from experiments.lab.world_stories import StoriesWorld
@@ -125,3 +132,11 @@ def test_trials_of_other_options_in_one_folder_are_refused(tmp_path: Path) -> No
     _claim(tmp_path, {"target": "positive", "lora_rank": 0})
     with pytest.raises(UserError, match="target positive there, negative now"):
         _claim(tmp_path, {"target": "negative", "lora_rank": 0})
+
+
+def test_the_targets_of_stories_differ_in_the_methods_settings_alone() -> None:
+    positive, negative = (STORIES_SCALES["laptop", target] for target in ("positive", "negative"))
+    methods = {"dpo": positive.dpo, "ppo": positive.ppo, "best_of_n": positive.best_of_n}
+    assert replace(negative, **methods, lora=positive.lora) == positive
+    lora = {"dpo": positive.lora.dpo, "ppo": positive.lora.ppo}
+    assert replace(negative.lora, **lora) == positive.lora
