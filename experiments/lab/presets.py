@@ -292,7 +292,7 @@ STORIES_LAPTOP = Scale(
         rm_lr=3e-3,
         rm_epochs=2.0,
         dpo=DPOArm(beta=0.1, lr=1e-3, epochs=3.0, batch_size=32),
-        ppo=PPOArm(kl_coef=0.1, lr=1e-3, updates=20, episodes=64, epochs=2, minibatches=2),
+        ppo=PPOArm(kl_coef=0.1, lr=2e-3, updates=20, episodes=64, epochs=2, minibatches=2),
     ),
 )
 
