@@ -1,8 +1,8 @@
 """Grouped-query attention with rotary positions and an optional sliding window.
 
-The score computation is Hugging Face's attention interface (eager, sdpa, flash ...); the mask that
-comes in already holds causality, window and padding. `naive_attention` is the written-out form,
-the oracle of the tests.
+The score computation is Hugging Face's attention interface (eager, sdpa, flash, and our own
+"windowed"); the mask that comes in already holds causality, window and padding. `naive_attention`
+is the written-out form, the oracle of the tests.
 
 Shapes: B batch, S queries, C keys, H query heads, G kv heads, N head width, D width.
 """
@@ -13,12 +13,17 @@ from typing import Any
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moe.config import MoEConfig
 from moe.norm import RMSNorm
+from moe.windowed_attention import WINDOWED
+
+# Up to here "sdpa" keeps its dense mask: the mask is at most 1 MiB a row in float32, and the
+# results committed at these lengths stay what they are, to the bit.
+DENSE_UP_TO = 512
 
 
 class RotaryEmbedding(nn.Module):
@@ -85,10 +90,34 @@ def naive_attention(
     return torch.einsum("bhsc,bhcn->bshn", probability, value), probability
 
 
+def _forget_all(cache: Cache, layer_idx: int) -> None:
+    """For a window of 1: HF keeps the last window - 1 keys by the slice [-0:], which is all."""
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, DynamicSlidingWindowLayer) and not layer.record_past:
+        assert layer.keys is not None and layer.values is not None
+        layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
+
+
+def takes_windowed(
+    implementation: str | None, attention_mask: Tensor | None, *, length: int, window: int | None
+) -> bool:
+    """Whether sliding layers leave the dense mask of "sdpa" for the chunked form by themselves."""
+    if implementation != "sdpa" or window is None or length <= max(DENSE_UP_TO, window):
+        return False
+    return attention_mask is None or attention_mask.dim() == 2
+
+
 class GroupedQueryAttention(nn.Module):
     """H query heads share G key/value heads (Ainslie et al. 2023), each query sees `window` tokens.
 
     window: how many tokens a query sees, itself included; None for the whole past.
+
+    How a sliding layer is computed under "sdpa", the default: up to DENSE_UP_TO tokens (or up to
+    the window, where it hides nothing) with a dense mask; beyond, in O(S window) by
+    `moe.windowed_attention`, whose mask `takes_windowed` lets the model make. A mask that comes
+    ready, with four axes, stays dense at any length. `attn_implementation="windowed"` takes the
+    chunked form at every length. One query at a time, decoding, is SDPA on a cache of window - 1
+    keys (HF's `DynamicCache` of the configuration), and so is a full layer, without that bound.
     """
 
     def __init__(self, config: MoEConfig, layer_idx: int, *, window: int | None = None) -> None:
@@ -124,18 +153,25 @@ class GroupedQueryAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        implementation: str | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, S, D) to (B, S, D), and the probabilities where the backend gives them."""
+        """(B, S, D) to (B, S, D), and the probabilities where the backend gives them.
+
+        implementation: the backend, in place of the configuration's; the mask is of its kind.
+        """
         query = self._heads(self.q_proj(hidden_states), self.q_norm)
         key = self._heads(self.k_proj(hidden_states), self.k_norm)
         value = self._heads(self.v_proj(hidden_states))
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, naive_attention
-        )
+            if self.window == 1:
+                _forget_all(past_key_values, self.layer_idx)
+        name = implementation or self.config._attn_implementation
+        if name == "sdpa" and attention_mask is not None and attention_mask.dim() == 2:
+            name = WINDOWED
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, naive_attention)
         out_BSHN, probability = attend(
             self,
             query,

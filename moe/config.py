@@ -13,10 +13,31 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from moe.errors import UserError
-from moe.routing import RouterSpec
+from moe.router_spec import RouterSpec
+from moe.switch_ffn import SHARED_MODES
 
 WINDOW_LETTERS = {"S": "sliding_attention", "L": "full_attention"}
 FFN_KINDS = ("sparse", "dense")
+# Our fields about the router, and the spec's names for them.
+ROUTER_FIELDS = {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "top_k",
+    "norm_topk_prob": "normalize_weights",
+    "router_kind": "kind",
+    "scoring_func": "scoring",
+    "routed_scaling_factor": "routed_scaling_factor",
+    "router_selection_bias": "selection_bias",
+    "n_group": "n_group",
+    "topk_group": "topk_group",
+    "group_score": "group_score",
+    "capacity_factor": "capacity_factor",
+    "capacity_scope": "capacity_scope",
+    "capacity_rounding": "capacity_rounding",
+    "drop_order": "drop_order",
+    "hash_seed": "hash_seed",
+    "router_jitter_noise": "jitter_noise",
+    "router_logit_noise": "logit_noise",
+}
 # Stretched rotary frequencies that do not depend on the text at hand, and the keys they need.
 # "dynamic" and "longrope" do: a token's output would change with the longest row of its batch.
 ROPE_KEYS: dict[str, tuple[str, ...]] = {
@@ -45,7 +66,10 @@ class MoEConfig(PreTrainedConfig):
     `mlp_layer_types` names each layer "sparse" or "dense" (default: all sparse).
     `moe_intermediate_size` is the width F of one expert, `intermediate_size` that of a dense FFN,
     `shared_expert_intermediate_size` that of an expert which every token passes (None: there is
-    none).
+    none), and `shared_expert_mode` how it joins the others (`moe.switch_ffn.SwitchFFN`).
+    The router is `router_spec`, whose docstring (`moe.router_spec.RouterSpec`) says what its fields
+    mean; ROUTER_FIELDS has their names here. `router_selection_bias` gives each router the buffer
+    `e_score_correction_bias`, `router_bias` its linear map a bias.
     `attention_bias` puts biases on q, k, v and o, `qkv_bias` on the first three, `mlp_bias` on the
     dense FFNs. `qk_norm` normalises queries and keys before the rotation, "head" each head (Qwen3)
     or "projection" all heads together (OLMoE); `clip_qkv` then cuts q, k and v to +- its value.
@@ -94,7 +118,22 @@ class MoEConfig(PreTrainedConfig):
     num_experts_per_tok: int = 2
     norm_topk_prob: bool = True
     shared_expert_intermediate_size: int | None = None
+    shared_expert_mode: str = "gated"
+    router_kind: str = "top_k"
+    scoring_func: str = "softmax"
+    routed_scaling_factor: float | int = 1.0
+    router_selection_bias: bool = False
+    router_bias: bool = False
+    n_group: int | None = None
+    topk_group: int | None = None
+    group_score: str = "top2_sum"
     capacity_factor: float | int | None = None
+    capacity_scope: str = "batch"
+    capacity_rounding: str = "ceil"
+    drop_order: str = "gshard"
+    hash_seed: int = 0
+    router_jitter_noise: float | int = 0.0
+    router_logit_noise: float | int = 0.0
     load_balancing_coef: float | int = 0.01
     z_loss_coef: float | int = 0.001
     output_router_logits: bool = False
@@ -128,12 +167,8 @@ class MoEConfig(PreTrainedConfig):
 
     @property
     def router_spec(self) -> RouterSpec:
-        return RouterSpec(
-            num_experts=self.num_experts,
-            top_k=self.num_experts_per_tok,
-            normalize_weights=self.norm_topk_prob,
-            capacity_factor=self.capacity_factor,
-        )
+        """Raises `UserError` for options that cannot be, or change nothing, together."""
+        return RouterSpec(**{spec: getattr(self, ours) for ours, spec in ROUTER_FIELDS.items()})
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -191,6 +226,42 @@ class MoEConfig(PreTrainedConfig):
                 f"layer, and mlp_layer_types is {kinds}: change one, or give None for no shared "
                 "expert."
             )
+        if self.shared_expert_mode not in SHARED_MODES:
+            raise UserError(
+                f"shared_expert_mode {self.shared_expert_mode!r} is unknown: give one of "
+                f"{', '.join(SHARED_MODES)}."
+            )
+        if shared is None and self.shared_expert_mode != "gated":
+            raise UserError(
+                f"shared_expert_mode {self.shared_expert_mode!r} has no effect with "
+                "shared_expert_intermediate_size None: give its width."
+            )
+
+    def _check_router(self) -> None:
+        if "sparse" not in (self.mlp_layer_types or []):
+            self._refuse_router_options()
+            return
+        spec = self.router_spec  # its own checks
+        if not spec.chooses_by_score and self.load_balancing_coef > 0:
+            raise UserError(
+                f"load_balancing_coef {self.load_balancing_coef} has no effect with router_kind "
+                f"{self.router_kind!r}, whose tokens do not choose by score: set it to 0."
+            )
+        if spec.kind == "expert_choice" and self.z_loss_coef > 0:
+            raise UserError(
+                f"z_loss_coef {self.z_loss_coef} goes with the balance losses, which router_kind "
+                "'expert_choice' does not have: set it to 0."
+            )
+
+    def _refuse_router_options(self) -> None:
+        """Without experts; what every configuration has always named is let pass."""
+        old = ("num_experts", "num_experts_per_tok", "norm_topk_prob", "capacity_factor")
+        for name in (*ROUTER_FIELDS, "router_bias"):
+            if name not in old and getattr(self, name) != getattr(type(self), name):
+                raise UserError(
+                    f"{name} {getattr(self, name)!r} has no effect: no layer of mlp_layer_types "
+                    f"{self.mlp_layer_types} is sparse."
+                )
 
     def _check(self) -> None:
         def positive(name: str) -> None:
@@ -260,5 +331,4 @@ class MoEConfig(PreTrainedConfig):
                 f"router_aux_loss_coef {self.router_aux_loss_coef} must stay 0 (tools that see it "
                 "add a loss that pools the layers): set load_balancing_coef."
             )
-        if "sparse" in self.mlp_layer_types:  # type: ignore[operator]
-            _ = self.router_spec  # its own checks
+        self._check_router()

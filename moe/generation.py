@@ -17,7 +17,11 @@ from torch import Tensor, nn
 
 from moe import record
 from moe.counters import uniforms
+from moe.errors import UserError
+from moe.model import MoEModel
 from moe.record import RoutingTrace
+from moe.replay import is_replaying
+from moe.router_spec import RouterSpec, refuse_undecodable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,12 @@ class Rollout:
     @property
     def num_tokens(self) -> int:
         return int(self.mask_BR.sum())
+
+
+def router_specs(model: nn.Module) -> list[RouterSpec]:
+    """The routers of the Switchyard models in it, wrapped or not; empty for other families."""
+    own = (module for module in model.modules() if isinstance(module, MoEModel))
+    return [backbone.config.router_spec for backbone in own if backbone.config.sparse_layers]
 
 
 def positions(attention_mask_BS: Tensor) -> Tensor:
@@ -80,8 +90,13 @@ def sample(
     temperature: above 0; 0 means greedy, with log-probabilities at temperature 1.
     sample_ids: global index of each row, the counter of its random numbers; default 0..B-1.
     record_routing: keep the routing of every pass.
-    Raises ValueError for a negative temperature or a mask that is not left-padded.
+    Raises ValueError for a negative temperature or a mask that is not left-padded, UserError for a
+    router that is not decodable and inside `replay_routing`, since new tokens have no record.
     """
+    for spec in router_specs(model):
+        refuse_undecodable(spec)
+    if is_replaying(model):
+        raise UserError("sample draws new tokens, which have no record: call it outside a replay.")
     if temperature < 0:
         raise ValueError(f"temperature {temperature} must be at least 0")
     if bool((~prompt_mask_BP[:, -1].bool()).any()):

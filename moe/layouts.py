@@ -32,7 +32,30 @@ PLAIN = {
     "qk_norm": None,
     "clip_qkv": None,
 }
-PLAIN_MOE = {**PLAIN, "shared_expert_intermediate_size": None, "capacity_factor": None}
+# What the routers of these families cannot do; the fields' own defaults are what they do.
+PLAIN_ROUTER = {
+    "router_kind": "top_k",
+    "scoring_func": "softmax",
+    "routed_scaling_factor": 1.0,
+    "router_selection_bias": False,
+    "router_bias": False,
+    "n_group": None,
+    "topk_group": None,
+    "group_score": "top2_sum",
+    "capacity_factor": None,
+    "capacity_scope": "batch",
+    "capacity_rounding": "ceil",
+    "drop_order": "gshard",
+    "hash_seed": 0,
+    "router_jitter_noise": 0.0,
+    "router_logit_noise": 0.0,
+}
+PLAIN_MOE = {
+    **PLAIN,
+    **PLAIN_ROUTER,
+    "shared_expert_intermediate_size": None,
+    "shared_expert_mode": "gated",
+}
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -188,8 +211,8 @@ def our_config(theirs: PreTrainedConfig, layout: Layout) -> MoEConfig:
     jitter = getattr(theirs, "router_jitter_noise", 0.0)
     if jitter:
         raise UserError(
-            f"router_jitter_noise {jitter} is not built (it multiplies the input by noise in "
-            "training): set it to 0."
+            f"router_jitter_noise {jitter} is not built as that family has it (there the experts' "
+            "input is multiplied by noise too; here the router's alone): set it to 0."
         )
     fields = {name: getattr(theirs, name, None) for name in COMMON}
     fields["attention_dropout"] = fields["attention_dropout"] or 0.0

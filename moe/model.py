@@ -6,7 +6,9 @@ routing decisions to whoever records (`moe.record`); the model keeps none.
 Shapes: B batch, S sequence, D width, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,16 +20,19 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
-from moe.attention import GroupedQueryAttention, RotaryEmbedding
+from moe.attention import GroupedQueryAttention, RotaryEmbedding, takes_windowed
 from moe.balance import balance_sums, balance_values
 from moe.config import MoEConfig
 from moe.dense_ffn import DenseFFN
-from moe.errors import UserError
 from moe.experts import FusedExperts
 from moe.norm import RMSNorm
+from moe.reentrant import RouterGradients, give, take
+from moe.router_spec import refuse_undecodable
 from moe.routing import Routing
-from moe.switch_ffn import SwitchFFN
+from moe.switch_ffn import SELECTION_BIAS, Router, SwitchFFN
+from moe.windowed_attention import WINDOWED
 
 RoutingSink = Callable[[Tensor, Tensor, tuple[Routing, ...]], None]
 
@@ -49,6 +54,8 @@ class DecoderLayer(GradientCheckpointingLayer):
                 hidden_size=config.hidden_size,
                 intermediate_size=config.moe_intermediate_size,
                 shared_intermediate_size=config.shared_expert_intermediate_size,
+                shared_mode=config.shared_expert_mode,
+                router_bias=config.router_bias,
             )
         else:
             self.mlp = DenseFFN(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -62,6 +69,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         real_BS: Tensor | None = None,
         past_key_values: Cache | None = None,
+        token_BS: Tensor | None = None,
+        forced_TK: Tensor | None = None,
+        router_gradients: RouterGradients | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Routing | None]:
         attended, _ = self.self_attn(
@@ -74,8 +84,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         if isinstance(self.mlp, SwitchFFN):
-            mixed, routing = self.mlp(normed, real_BS)
-            return hidden_states + mixed, routing
+            mixed, routing = self.mlp(normed, real_BS, token_BS=token_BS, forced_TK=forced_TK)
+            return hidden_states + give(mixed, routing, router_gradients), routing
         return hidden_states + self.mlp(normed), None
 
 
@@ -92,6 +102,14 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # Gathered by HF's hooks when asked for; hidden states the backbone keeps by itself, because a
+    # hook inside reentrant checkpointing would see them without a graph.
+    _can_record_outputs = {"attentions": GroupedQueryAttention}
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        if config.router_selection_bias:
+            self._keep_in_fp32_modules_strict = [SELECTION_BIAS]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -99,29 +117,36 @@ class MoEPreTrainedModel(PreTrainedModel):
         if isinstance(module, FusedExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
             init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, Router) and SELECTION_BIAS in module._buffers:
+            init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, RotaryEmbedding):
             init.copy_(module.inv_freq, RotaryEmbedding(self.config).inv_freq)
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        self._refuse_reentrant(
-            kwargs.get("gradient_checkpointing_kwargs") or next(iter(args), None)
-        )
-        super().gradient_checkpointing_enable(*args, **kwargs)
+    def _has_balance(self) -> bool:
+        weights = self.config.load_balancing_coef + self.config.z_loss_coef
+        return weights > 0 and bool(self.config.sparse_layers)
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        self._refuse_reentrant(
-            kwargs.get("activation_checkpointing_kwargs") or next(iter(args), None)
-        )
-        super().activation_checkpointing_enable(*args, **kwargs)
+    @contextmanager
+    def _routings_to_balance(self, *, with_loss: bool) -> Iterator[list[tuple[Routing, ...]]]:
+        """Where a loss is computed in training, collects what the backbone's forward decides."""
+        collected: list[tuple[Routing, ...]] = []
+        if not (with_loss and self.training and self._has_balance()):
+            yield collected
+            return
 
-    @staticmethod
-    def _refuse_reentrant(options: dict[str, Any] | None) -> None:
-        # The reentrant form records the router's logits without a graph: balancing would be off.
-        if (options or {}).get("use_reentrant"):
-            raise UserError(
-                "use_reentrant=True would switch the balance loss off without a word: "
-                "use the default, use_reentrant=False."
-            )
+        def sink(sample_ids: Tensor, real_BS: Tensor, routings: tuple[Routing, ...]) -> None:
+            collected.append(routings)
+
+        self.base_model.routing_sinks.append(sink)
+        try:
+            yield collected
+        finally:
+            self.base_model.routing_sinks.remove(sink)
+
+    def balance_penalty(self, routings: tuple[Routing, ...]) -> Tensor:
+        """Coefficient-weighted balance and z-loss of one micro-batch, means over the MoE layers."""
+        balance, z = balance_values([balance_sums(routing) for routing in routings])
+        return self.config.load_balancing_coef * balance + self.config.z_loss_coef * z
 
 
 class MoEModel(MoEPreTrainedModel):
@@ -139,6 +164,7 @@ class MoEModel(MoEPreTrainedModel):
         self.routing_sinks: list[RoutingSink] = []
         self.post_init()
 
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -149,19 +175,23 @@ class MoEModel(MoEPreTrainedModel):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         sample_ids: Tensor | None = None,
-        return_dict: bool | None = None,
+        forced_experts: Sequence[Tensor] | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """input_ids (B, S); attention_mask (B, past + S), 1 for real tokens, or a ready 4-D mask.
 
-        sample_ids: int64 (B,), names of the rows in a recorded trace; default the row number.
+        sample_ids: int64 (B,), names of the rows in a recorded trace; default the row number. Of
+        packed rows also (B, S), the name of each token's text.
+        forced_experts: int64 (B*S, K) per MoE layer, the choice made elsewhere, rows of -1 left to
+        the router; `moe.replay` fills it from a trace.
+        output_hidden_states: L + 1 of (B, S, D), the embeddings first, the last one normed;
+        output_attentions: L of (B, H, S, C), probabilities; the "eager" form then runs.
         Raises ValueError unless exactly one of input_ids and inputs_embeds is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if kwargs.pop("output_attentions", None):
-            raise UserError("output_attentions is not kept by this model: ask for hidden states.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]
@@ -175,7 +205,11 @@ class MoEModel(MoEPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(length, device=device) + past)[None]
-        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        # Probabilities are formed by "eager" alone, whatever the configuration says.
+        implementation = "eager" if output_attentions else self.config._attn_implementation
+        masks = self._masks(
+            inputs_embeds, attention_mask, past_key_values, position_ids, implementation
+        )
         real_BS = torch.ones(batch, length, dtype=torch.bool, device=device)
         if attention_mask is not None and attention_mask.dim() == 2:
             real_BS = attention_mask[:, -length:].bool()
@@ -185,19 +219,28 @@ class MoEModel(MoEPreTrainedModel):
         routings: list[Routing] = []
         hidden: list[Tensor] = [hidden_states]
         assert self.config.layer_types is not None
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+        forced = self._forced_by_layer(forced_experts)
+        for layer, kind, forced_TK in zip(
+            self.layers, self.config.layer_types, forced, strict=True
+        ):
+            router_gradients = RouterGradients() if checkpointing else None
             hidden_states, routing = layer(
                 hidden_states,
                 position_embeddings=positions,
                 attention_mask=masks[kind],
                 real_BS=real_BS,
+                token_BS=input_ids,
+                forced_TK=forced_TK,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
+                router_gradients=router_gradients,
+                implementation=implementation,
                 **kwargs,
             )
-            hidden.append(hidden_states)
             if routing is not None:
+                hidden_states, routing = take(hidden_states, routing, router_gradients)
                 routings.append(routing)
+            hidden.append(hidden_states)
         hidden_states = self.norm(hidden_states)
 
         if sample_ids is None:
@@ -206,6 +249,8 @@ class MoEModel(MoEPreTrainedModel):
             sink(sample_ids, real_BS, tuple(routings))
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         return MoeModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
@@ -213,21 +258,49 @@ class MoEModel(MoEPreTrainedModel):
             router_logits=tuple(r.logits_TE for r in routings) if output_router_logits else None,
         )
 
+    def _forced_by_layer(self, forced_experts: Sequence[Tensor] | None) -> list[Tensor | None]:
+        sparse = self.config.sparse_layers
+        if forced_experts is None:
+            return [None] * len(self.layers)
+        if len(forced_experts) != len(sparse):
+            raise ValueError(
+                f"{len(forced_experts)} forced_experts for {len(sparse)} MoE layers: give one each"
+            )
+        by_layer = dict(zip(sparse, forced_experts, strict=True))
+        return [by_layer.get(i) for i in range(len(self.layers))]
+
+    def _masked_by(self, implementation: str | None) -> MoEConfig:
+        """The configuration, for HF's mask makers, which read the kind of mask from its backend."""
+        if implementation == self.config._attn_implementation:
+            return self.config
+        config = copy.copy(self.config)
+        config._attn_implementation = implementation
+        return config
+
     def _masks(
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
         position_ids: Tensor,
+        implementation: str | None,
     ) -> dict[str, Tensor | None]:
         makers = {
             "full_attention": create_causal_mask,
             "sliding_attention": create_sliding_window_causal_mask,
         }
         assert self.config.layer_types is not None
+        backends = dict.fromkeys(makers, implementation)
+        if takes_windowed(
+            implementation,
+            attention_mask,
+            length=inputs_embeds.shape[1],
+            window=self.config.sliding_window,
+        ):
+            backends["sliding_attention"] = WINDOWED
         return {
             kind: makers[kind](
-                config=self.config,
+                config=self._masked_by(backends[kind]),
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
@@ -241,6 +314,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     """The language model. Its `loss` is for other libraries' trainers; ours sum their own."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
@@ -261,20 +335,20 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Logits (B, S, V); with labels (B, S), -100 where not learned, also a loss.
 
+        shift_labels (B, S): the targets of these very positions, already moved by one, in place of
+        `labels`; a sequence that is cut over devices knows its next token only this way.
         The loss is the summed cross-entropy over `num_items_in_batch` (default: over the labelled
         tokens here). In training the balance terms are added, each micro-batch weighted by its
         share of those items, so that accumulation and more processes do not multiply them; in eval
         never.
         """
-        collected: list[tuple[Routing, ...]] = []
-        wants_balance = labels is not None and self.training and self._has_balance()
-        if wants_balance:
-            self.model.routing_sinks.append(lambda ids, mask, routings: collected.append(routings))
-        try:
+        has_targets = labels is not None or shift_labels is not None
+        with self._routings_to_balance(with_loss=has_targets) as collected:
             outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -282,11 +356,9 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                return_dict=True,
                 **kwargs,
             )
-        finally:
-            if wants_balance:
-                self.model.routing_sinks.pop()
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, int):
             kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
@@ -294,9 +366,9 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         else:
             logits = self.lm_head(hidden_states[:, logits_to_keep])
         loss = aux_loss = None
-        if labels is not None:
-            loss, share = self._cross_entropy(logits, labels, num_items_in_batch)
-            if wants_balance:
+        if has_targets:
+            loss, share = self._cross_entropy(logits, labels, shift_labels, num_items_in_batch)
+            if collected:
                 aux_loss = self.balance_penalty(collected[0])
                 loss = loss + share * aux_loss
         return MoeCausalLMOutputWithPast(
@@ -305,25 +377,28 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
 
-    def _has_balance(self) -> bool:
-        weights = self.config.load_balancing_coef + self.config.z_loss_coef
-        return weights > 0 and bool(self.config.sparse_layers)
-
-    def balance_penalty(self, routings: tuple[Routing, ...]) -> Tensor:
-        """Coefficient-weighted balance and z-loss of one micro-batch, means over the MoE layers."""
-        balance, z = balance_values([balance_sums(routing) for routing in routings])
-        return self.config.load_balancing_coef * balance + self.config.z_loss_coef * z
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's. Raises UserError for a router that is not decodable."""
+        if self.config.sparse_layers:
+            refuse_undecodable(self.config.router_spec)
+        return super().generate(*args, **kwargs)
 
     @staticmethod
     def _cross_entropy(
-        logits_BSV: Tensor, labels_BS: Tensor, num_items: Tensor | int | None
+        logits_BSV: Tensor,
+        labels_BS: Tensor | None,
+        target_BS: Tensor | None,
+        num_items: Tensor | int | None,
     ) -> tuple[Tensor, Tensor]:
-        target_BS = labels_BS[:, 1:]
+        if target_BS is None:
+            assert labels_BS is not None
+            logits_BSV, target_BS = logits_BSV[:, :-1], labels_BS[:, 1:]
         total = nn.functional.cross_entropy(
-            logits_BSV[:, :-1].float().flatten(0, 1), target_BS.flatten(), reduction="sum"
+            logits_BSV.float().flatten(0, 1), target_BS.flatten(), reduction="sum"
         )
         here = (target_BS != -100).sum()
         items = here.clamp(min=1) if num_items is None else num_items

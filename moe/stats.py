@@ -1,18 +1,20 @@
 """How experts are used: sums that merge, metrics finalised once.
 
 Every measure counts choices before dropping over real tokens; how a measure is reduced is fixed by
-keeping its sum and its count.
+keeping its sum and its count. The sums stay where the routing was computed: adding a pass waits for
+nothing, and reading the metrics moves one vector.
 
 Shapes: L MoE layers, E experts, K experts per token, T tokens.
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
-from moe.balance import expert_counts
+from moe.choices import chosen_table, paired_sets
 from moe.record import RoutingTrace
 from moe.routing import Routing
 
@@ -23,10 +25,12 @@ DEAD_SHARE = 0.1  # an expert with less than a tenth of its fair share counts as
 class RouterStats:
     """Sums per layer; two of the same model add up with `merge`.
 
-    count_LE: float64, assignments; importance_LE: summed probabilities; entropy_L: summed entropy
-    of each token's probabilities in nats; dropped_L: assignments beyond capacity; tokens_L: real
-    tokens;
-    top_k: K.
+    All are float64 on one device. count_LE: assignments; importance_LE: summed probabilities;
+    entropy_L: summed entropy of each token's probabilities in nats; dropped_L: assignments beyond
+    capacity; tokens_L: real tokens; top_k: K.
+    margin_L: summed distance of the lowest chosen score from the highest that was not chosen;
+    tied_L: tokens where both are the same float32 number; compared_L: tokens with a score that was
+    not chosen, none where K = E. They default to nothing compared.
     """
 
     count_LE: Tensor
@@ -35,6 +39,14 @@ class RouterStats:
     dropped_L: Tensor
     tokens_L: Tensor
     top_k: int
+    margin_L: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    tied_L: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    compared_L: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+
+    def __post_init__(self) -> None:
+        for name in ("margin_L", "tied_L", "compared_L"):
+            if getattr(self, name).dim() == 0:
+                object.__setattr__(self, name, torch.zeros_like(self.tokens_L))
 
     @classmethod
     def from_trace(cls, trace: RoutingTrace) -> "RouterStats":
@@ -49,14 +61,22 @@ class RouterStats:
 
     @classmethod
     def from_routings(cls, routings: tuple[Routing, ...]) -> "RouterStats":
-        """The sums of one forward pass, one Routing per layer."""
+        """The sums of one forward pass, one Routing per layer; nothing is read from the device."""
         with torch.no_grad():
+            tables = [chosen_table(r) for r in routings]
+            pairs = zip(routings, tables, strict=True)
+            margin_L, tied_L, compared_L = torch.stack([_margin(*pair) for pair in pairs]).unbind(
+                -1
+            )
             return cls(
-                count_LE=torch.stack([expert_counts(r).double() for r in routings]),
+                count_LE=torch.stack([table.double().sum(dim=0) for table in tables]),
                 importance_LE=torch.stack([_importance(r) for r in routings]),
                 entropy_L=torch.stack([_entropy(r) for r in routings]),
                 dropped_L=torch.stack([_dropped(r) for r in routings]),
                 tokens_L=torch.stack([r.mask_T.sum().double() for r in routings]),
+                margin_L=margin_L,
+                tied_L=tied_L,
+                compared_L=compared_L,
                 top_k=routings[0].top_k,
             )
 
@@ -64,10 +84,30 @@ class RouterStats:
         """Raises ValueError if K differs."""
         if self.top_k != other.top_k:
             raise ValueError(f"cannot merge statistics of top_k {self.top_k} and {other.top_k}")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in self._names}
+        return RouterStats(**sums, top_k=self.top_k)
+
+    def cpu(self) -> "RouterStats":
+        """The same sums in main memory: one transfer, the only moment that waits for a device."""
+        return self._unpacked(self._packed().cpu())
+
+    def summed(self, all_sum: Callable[[Tensor], Tensor]) -> "RouterStats":
+        """The sums over all processes; `all_sum` is called once, with one float64 vector."""
+        return self._unpacked(all_sum(self._packed()))
+
+    @property
+    def _names(self) -> list[str]:
+        return [f.name for f in fields(self) if f.name != "top_k"]
+
+    def _packed(self) -> Tensor:
+        return torch.cat([getattr(self, name).flatten() for name in self._names])
+
+    def _unpacked(self, packed: Tensor) -> "RouterStats":
+        held = [getattr(self, name) for name in self._names]
+        parts = packed.split([each.numel() for each in held])
         sums = {
-            f.name: getattr(self, f.name) + getattr(other, f.name)
-            for f in fields(self)
-            if f.name != "top_k"
+            name: part.view(each.shape)
+            for name, part, each in zip(self._names, parts, held, strict=True)
         }
         return RouterStats(**sums, top_k=self.top_k)
 
@@ -91,8 +131,37 @@ class RouterStats:
         """What MaxVio comes to by chance alone with this many tokens."""
         experts = self.count_LE.shape[-1]
         return torch.tensor(
-            [max_vio_floor(experts, self.top_k, float(tokens)) for tokens in self.tokens_L]
+            [max_vio_floor(experts, self.top_k, tokens) for tokens in self.tokens_L.tolist()]
         )
+
+    @property
+    def load_cv_L(self) -> Tensor:
+        """Standard deviation of the load over its mean (Shazeer et al. 2017, section 4).
+
+        0 when even, sqrt(E/K - 1) at collapse onto K experts.
+        """
+        return self.relative_load_LE.std(dim=-1, correction=0)
+
+    @property
+    def load_cv_floor_L(self) -> Tensor:
+        """What the load's CV comes to by chance alone: sqrt((1 - K/E) E / (T K)), multinomial."""
+        experts = self.count_LE.shape[-1]
+        spread = (1 - self.top_k / experts) * experts / (self.tokens_L * self.top_k)
+        return torch.where(self.tokens_L > 0, spread, 0.0).sqrt()
+
+    @property
+    def mean_margin_L(self) -> Tensor:
+        """Mean of the lowest chosen score minus the highest not chosen; NaN where K = E.
+
+        The K-th against the K+1-th score: how far the choice is from another. Below 0 where
+        something beside the score decided: a selection bias, groups, a replayed choice.
+        """
+        return self.margin_L / self.compared_L
+
+    @property
+    def tie_rate_L(self) -> Tensor:
+        """Share of tokens whose K-th and K+1-th score are one float32 number; NaN where K = E."""
+        return self.tied_L / self.compared_L
 
     @property
     def load_entropy_L(self) -> Tensor:
@@ -118,15 +187,24 @@ class RouterStats:
         return self.dropped_L / (self.tokens_L * self.top_k).clamp(min=1)
 
     def to_metrics(self) -> dict[str, float]:
-        """`router/<measure>/layer_NN` per layer and `router/<measure>`, their mean."""
+        """`router/<measure>/layer_NN` per layer and `router/<measure>`, their mean.
+
+        Without margin and tie rate where no token has a score that was not chosen.
+        """
+        held = self.cpu()
         measures = {
-            "load_entropy": self.load_entropy_L,
-            "token_entropy": self.token_entropy_L,
-            "max_vio": self.max_vio_L,
-            "max_vio_floor": self.max_vio_floor_L,
-            "dead_experts": self.dead_experts_L.double(),
-            "dropped_share": self.dropped_share_L,
+            "load_entropy": held.load_entropy_L,
+            "token_entropy": held.token_entropy_L,
+            "max_vio": held.max_vio_L,
+            "max_vio_floor": held.max_vio_floor_L,
+            "dead_experts": held.dead_experts_L.double(),
+            "dropped_share": held.dropped_share_L,
+            "load_cv": held.load_cv_L,
+            "margin": held.mean_margin_L,
+            "tie_rate": held.tie_rate_L,
         }
+        if not bool((held.compared_L > 0).all()):
+            del measures["margin"], measures["tie_rate"]
         metrics = {f"router/{name}": float(value.mean()) for name, value in measures.items()}
         for name, value in measures.items():
             for layer, number in enumerate(value.tolist()):
@@ -145,6 +223,17 @@ def max_vio_floor(num_experts: int, top_k: int, num_tokens: float) -> float:
     return math.sqrt(2 * math.log(num_experts) * spread)
 
 
+def _margin(routing: Routing, chosen_TE: Tensor) -> Tensor:
+    """(summed margin, ties, tokens compared), float64."""
+    if routing.top_k == routing.num_experts:
+        return torch.zeros(3, dtype=torch.float64, device=routing.mask_T.device)
+    lowest_T = routing.score_TE.masked_fill(~chosen_TE, math.inf).amin(dim=-1)
+    highest_T = routing.score_TE.masked_fill(chosen_TE, -math.inf).amax(dim=-1)
+    margin_T = torch.where(routing.mask_T, (lowest_T - highest_T).double(), 0.0)
+    tied_T = routing.mask_T & (margin_T == 0)
+    return torch.stack([margin_T.sum(), tied_T.sum().double(), routing.mask_T.sum().double()])
+
+
 def _importance(routing: Routing) -> Tensor:
     return torch.where(routing.mask_T[:, None], routing.score_TE.double(), 0.0).sum(dim=0)
 
@@ -155,6 +244,8 @@ def _entropy(routing: Routing) -> Tensor:
 
 
 def _dropped(routing: Routing) -> Tensor:
+    if routing.balanced_by_construction:
+        return torch.zeros((), dtype=torch.float64, device=routing.mask_T.device)
     return (routing.mask_T[:, None] & ~routing.kept_TK).sum().double()
 
 
@@ -175,20 +266,9 @@ def drift(before: RoutingTrace, after: RoutingTrace) -> RoutingDrift:
 
     Raises ValueError unless both hold the same samples, tokens and number of layers and experts.
     """
-    if (before.num_layers, before.num_experts) != (after.num_layers, after.num_experts):
-        raise ValueError(
-            f"the recordings have {before.num_layers} and {after.num_layers} layers, "
-            f"{before.num_experts} and {after.num_experts} experts: only like models compare"
-        )
-    first, second = _choices(before), _choices(after)
-    if first.keys() != second.keys() or any(
-        first[k].shape[:2] != second[k].shape[:2] for k in first
-    ):
-        raise ValueError("the recordings hold different samples or tokens: record the same texts")
     shared = torch.zeros(before.num_layers, dtype=torch.float64)
     tokens = 0
-    for key, chosen_LTE in first.items():
-        other_LTE = second[key]
+    for chosen_LTE, other_LTE in paired_sets(before, after):
         both = (chosen_LTE & other_LTE).sum(dim=-1).double()
         either = (chosen_LTE | other_LTE).sum(dim=-1).double()
         shared += (both / either).sum(dim=-1)
@@ -205,22 +285,3 @@ def jensen_shannon_bits(p_LE: Tensor, q_LE: Tensor) -> Tensor:
     mixture = (p_LE + q_LE) / 2
     entropies = [torch.special.entr(x).sum(dim=-1) for x in (mixture, p_LE, q_LE)]
     return ((entropies[0] - (entropies[1] + entropies[2]) / 2) / math.log(2)).clamp(min=0)
-
-
-def _choices(trace: RoutingTrace) -> dict[tuple[int, int], Tensor]:
-    """(sample id, occurrence) -> chosen experts, bool (L, real tokens, E)."""
-    rows: dict[tuple[int, int], Tensor] = {}
-    seen: dict[int, int] = {}
-    for forward in trace.forwards:
-        chosen_LTE = torch.stack(
-            [
-                torch.nn.functional.one_hot(r.expert_TK, r.num_experts).sum(dim=1).bool()
-                for r in forward.routings
-            ]
-        )
-        batch, length = forward.mask_BS.shape
-        by_row = chosen_LTE.unflatten(1, (batch, length))
-        for row, sample in enumerate(forward.sample_ids.tolist()):
-            rows[sample, seen.get(sample, 0)] = by_row[:, row, forward.mask_BS[row]]
-            seen[sample] = seen.get(sample, 0) + 1
-    return rows

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe.errors import UserError
 from moe.generation import positions
-from moe.model import MoEModel
 from rlhf.logprobs import sequence_logps, token_logps
 from rlhf.losses import PairLogps, PreferenceLoss
 from rlhf.losses.dpo import DPOLoss
 from rlhf.reference import Reference, beside_the_policy
+from rlhf.routing_guard import FLAG, has_noisy_router, refuse_batch_coupling
 from sft.adapt import disable_dropout
 from sft.loss import LossOutput
 from sft.settings import BalancePolicy, TrainSettings
@@ -30,19 +29,6 @@ STEP_ZERO_TOLERANCE = 1e-4  # float32 sums over some hundred tokens, times beta
 
 class SelfCheckFailed(RuntimeError):
     """A quantity known beforehand came out otherwise, so the run would measure something else."""
-
-
-def refuse_batch_coupling(model: nn.Module) -> None:
-    """Raises `UserError` for routers whose log-probabilities depend on the rest of the batch."""
-    for module in model.modules():
-        if isinstance(module, MoEModel) and module.config.sparse_layers:
-            spec = module.config.router_spec
-            if not spec.batch_invariant:
-                raise UserError(
-                    f"capacity_factor {spec.capacity_factor} makes a token's log-probability "
-                    "depend on its batch neighbours, so ratios and margins would not be the "
-                    "policy's: set capacity_factor to None (dropless) for preference and RL stages."
-                )
 
 
 def pair_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> PairLogps:
@@ -67,7 +53,11 @@ def pair_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> PairLogps:
 
 
 class DPOTrainer(StageTrainer):
-    """Trains `model` on pairs against `reference`; balance is off unless asked for."""
+    """Trains `model` on pairs against `reference`; balance is off unless asked for.
+
+    allow_batch_dependent_routing: train also where a router couples tokens or draws noise; under
+    noise the check at step 0 is left out. Raises UserError for such a router without it.
+    """
 
     def __init__(
         self,
@@ -76,18 +66,21 @@ class DPOTrainer(StageTrainer):
         *,
         reference: Reference,
         loss: PreferenceLoss | None = None,
+        allow_batch_dependent_routing: bool = False,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("stage", "dpo")
         kwargs.setdefault("balance", BalancePolicy(scope="off"))
         self.loss: PreferenceLoss = DPOLoss() if loss is None else loss
         self.reference = reference
-        refuse_batch_coupling(model)
+        refuse_batch_coupling(model, allowed=allow_batch_dependent_routing)
+        self.routing_flag = {FLAG: True} if allow_batch_dependent_routing else {}
+        self.is_noisy = has_noisy_router(model)
         disable_dropout(model)
         super().__init__(model, settings, **kwargs)
 
     def own_settings(self) -> dict[str, Any]:
-        return {"loss": repr(self.loss)}
+        return {"loss": repr(self.loss), **self.routing_flag}
 
     def frozen_models(self) -> Mapping[str, nn.Module]:
         return beside_the_policy(self.reference) if self.loss.needs_reference else {}
@@ -106,8 +99,9 @@ class DPOTrainer(StageTrainer):
         output = (
             self.loss(policy, batch["reference"]) if "reference" in batch else self.loss(policy)
         )
-        if self.state.global_step == 0 and self.loss.value_at_reference is not None:
-            self._check_start(float(output.loss.detach()), self.loss.value_at_reference)
+        expected = self.loss.value_at_reference
+        if self.state.global_step == 0 and expected is not None and not self.is_noisy:
+            self._check_start(float(output.loss.detach()), expected)
         return output
 
     @staticmethod

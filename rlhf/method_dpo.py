@@ -38,6 +38,7 @@ def train_dpo(job: Job) -> None:
             loss=loss,
             rows=rows,
             collator=job.collator,
+            allow_batch_dependent_routing=config.allow_batch_dependent_routing,
             balance=policy.balance,
             **session.trainer_options(),
         )

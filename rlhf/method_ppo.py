@@ -95,6 +95,7 @@ def train_ppo(job: Job) -> None:
             pad_id=text_path.pad_id,
             stop_ids=text_path.stop_ids,
             ptx_rows=texts,
+            allow_batch_dependent_routing=config.allow_batch_dependent_routing,
             balance=policy.balance,
             **session.trainer_options(),
         )

@@ -21,7 +21,9 @@ METHODS_OF: dict[str, tuple[Method, ...]] = {
     "beta": ("dpo",),
     "label_smoothing": ("dpo",),
     **dict.fromkeys(("epochs", "max_steps", "batch_size"), ("rm", "dpo")),
-    **dict.fromkeys(("num_samples", "max_new_tokens"), ("dpo", "ppo")),
+    **dict.fromkeys(
+        ("num_samples", "max_new_tokens", "allow_batch_dependent_routing"), ("dpo", "ppo")
+    ),
     **dict.fromkeys(
         (
             *("reward_model", "allow_weak_reward_model", "updates", "episodes", "ppo_epochs"),
@@ -49,6 +51,7 @@ class Config(TrainingConfig):
     normalize_data: Path | None = option(None, "rm: over these answers, not the pairs")
     beta: float = option(0.1, "dpo: price of a nat")
     label_smoothing: float = option(0.0, "dpo: share of wrong labels")
+    allow_batch_dependent_routing: bool = option(False, "dpo, ppo: also under capacity, noise")
     reward_model: Path | None = option(None, "ppo: a run of --method rm")
     allow_weak_reward_model: bool = option(False, "ppo: also one near chance")
     updates: int = option(50, "ppo: rollout phases")

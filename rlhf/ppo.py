@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from moe.errors import UserError
+from moe.generation import router_specs
+from moe.router_spec import refuse_undecodable
 from rlhf.actor_critic import ActorCritic
 from rlhf.actor_critic import response_logits as response_logits
 from rlhf.advantage import masked_moments, whiten
 from rlhf.brake import Brake
-from rlhf.dpo import SelfCheckFailed, refuse_batch_coupling
+from rlhf.dpo import SelfCheckFailed
 from rlhf.episodes import Plan
 from rlhf.episodes import RolloutBuffer as RolloutBuffer
 from rlhf.kl import KLController
@@ -36,6 +38,7 @@ from rlhf.ptx import TextMix, num_learned, num_tokens, text_loss
 from rlhf.reference import Reference, beside_the_policy
 from rlhf.reward import ModelReward, RewardSource
 from rlhf.rollout_phase import RolloutPhase
+from rlhf.routing_guard import FLAG, has_noisy_router, refuse_batch_coupling
 from rlhf.routing_watch import Watch, flip_metrics, watched
 from sft.adapt import disable_dropout
 from sft.loss import LossOutput
@@ -55,6 +58,8 @@ class PPOTrainer(StageTrainer):
 
     critic: a scalar model per token, or None for a value head on the policy's trunk (12).
     rows: dictionaries with `prompt_ids`. ptx_rows: rows of SFT, mixed in by `ppo.ptx_coef`.
+    allow_batch_dependent_routing: train also where a router draws noise (the ratio is then not
+    checked) or the critic's couples tokens; a policy that cannot be sampled is refused anyway.
     Checks that stop the run: in the first minibatch of every update the ratio is 1 within 1e-4 and
     nothing is clipped; at the end the number of optimizer steps, with those left out by target_kl
     and ratio_threshold, is updates x epochs x minibatches.
@@ -74,6 +79,7 @@ class PPOTrainer(StageTrainer):
         pad_id: int,
         stop_ids: Sequence[int],
         ptx_rows: Sequence[Mapping[str, Any]] | None = None,
+        allow_batch_dependent_routing: bool = False,
         **kwargs: Any,
     ) -> None:
         _check_sizes(settings, ppo)
@@ -81,10 +87,14 @@ class PPOTrainer(StageTrainer):
             raise UserError("PPO has no prompts.")
         if (ptx_rows is not None) != (ppo.ptx_coef > 0):
             raise UserError("ptx_rows and a ptx_coef above 0 go together: give both or neither.")
-        for model in (policy, critic):
-            if model is not None:
-                refuse_batch_coupling(model)
-                disable_dropout(model)  # 13: dropout off in every model
+        models = [policy] if critic is None else [policy, critic]
+        refuse_batch_coupling(*models, allowed=allow_batch_dependent_routing)
+        for spec in router_specs(policy):
+            refuse_undecodable(spec)  # it is also sampled
+        for model in models:
+            disable_dropout(model)  # 13: dropout off in every model
+        self.routing_flag = {FLAG: True} if allow_batch_dependent_routing else {}
+        self.is_noisy = has_noisy_router(policy)
         self.ppo = ppo
         self.reference = reference
         self.reward = reward
@@ -263,7 +273,7 @@ class PPOTrainer(StageTrainer):
 
     def _check_first_ratio(self, policy: LossOutput) -> None:
         update, epoch, minibatch = self.place(self.state.global_step)
-        if epoch or minibatch:
+        if epoch or minibatch or self.is_noisy:
             return
         deviation = float(policy.maxima["policy/ratio_max_deviation"])
         clipped = float(policy.metrics["policy/clip_fraction"][0])
@@ -295,6 +305,7 @@ class PPOTrainer(StageTrainer):
         return {
             "ppo": asdict(self.ppo),
             "critic": "shared" if self.model.is_shared else "separate",
+            **self.routing_flag,
         }
 
     def frozen_models(self) -> Mapping[str, nn.Module]:
@@ -319,6 +330,7 @@ class PPOTrainer(StageTrainer):
         if ends_step:
             if not self._weights.policy_learns:
                 _forget_gradients(self.policy)
+                self.step_balance.forget_step()
             if self.brake.is_on:
                 self._brake_at(update, epoch, minibatch)
         return loss
@@ -332,6 +344,7 @@ class PPOTrainer(StageTrainer):
     def _leave_step_out(self) -> None:
         """Without gradients the step that the loop is about to make changes nothing."""
         _forget_gradients(self.model)
+        self.step_balance.forget_step()
         self.optimizer_steps -= 1  # the loop will count it
         self.brake.skipped_steps += 1
         self._count_step(skipped=True)

@@ -27,7 +27,7 @@ _KIND_OF_OPTION: dict[str, Changeable] = {
     **dict.fromkeys(("model", "reward_model"), "model"),
 }
 
-BalanceScope = Literal["off", "micro_batch", "optimizer_step"]
+BalanceScope = Literal["off", "micro_batch", "sequence", "optimizer_step", "running"]
 LoraTarget = Literal["auto", "all", "attention", "experts", "router", "ffn"]
 
 
@@ -60,9 +60,11 @@ class TrainingConfig:
     lora_targets: tuple[LoraTarget, ...] = option(("auto",), "parts; auto: all but the router")
     load_balancing_coef: float | None = option(None, "none: the model's own")
     z_loss_coef: float | None = option(None, "none: the model's own")
-    balance_scope: Literal["auto", "off", "micro_batch", "optimizer_step"] = option(
-        "auto", "what f counts; auto: micro_batch, dpo and ppo off"
-    )
+    balance_scope: Literal[
+        "auto", "off", "micro_batch", "sequence", "optimizer_step", "running"
+    ] = option("auto", "what f counts; auto: optimizer_step, dpo and ppo off")
+    running_decay: float = option(0.9, "what a step back weighs in --balance-scope running")
+    bias_update_rate: float = option(0.0, "step of the routers' selection bias; 0: left as it is")
     activation_checkpointing: bool = option(False, "less memory, more time")
     seed: int = option(0, "order, adapters, draws")
     save_steps: int = option(100, "steps between checkpoints; 0: none")
@@ -118,6 +120,8 @@ class TrainingConfig:
         if self.scope == "off":
             reason = "with --balance-scope off" + " (auto)" * (self.balance_scope == "auto")
             idle |= {"load_balancing_coef": reason, "z_loss_coef": reason}
+        if self.scope != "running":
+            idle["running_decay"] = "without --balance-scope running"
         if not self.num_samples:
             idle["max_new_tokens"] = "with --num-samples 0"
         if self.resume is not None:

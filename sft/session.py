@@ -22,9 +22,11 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from moe.balance import has_selection_bias
 from moe.errors import UserError
 from moe.generation import sample
 from moe.record import has_router
+from sft.adapt import is_adapted
 from sft.checkpoint import PREFIX, newest_checkpoint
 from sft.command import TrainingConfig, is_first_process, kind_of_option
 from sft.examples import Examples
@@ -151,6 +153,7 @@ class Session:
     """One stage of one run. `tracker` is None off the first process.
 
     values: what config.yaml has to hold. changed_options: those that differ from a resumed run's.
+    timings: seconds of parts of the training, for summary.json.
     """
 
     stage: str
@@ -162,6 +165,7 @@ class Session:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     allow_changed: Sequence[str] = ()
     changed_options: Sequence[Change] = ()
+    timings: dict[str, float] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -211,7 +215,14 @@ class Session:
             trainer.fit(resume=resume)
         finally:
             self.display.close()
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        if trainer.first_pass_seconds:
+            self.timings["balance_first_pass_seconds"] = trainer.first_pass_seconds
+            self.display.say(
+                f"balance over the optimizer step: its first passes took "
+                f"{trainer.first_pass_seconds:.1f} s of {seconds:.1f} s"
+            )
+        return seconds
 
     def log(self, metrics: Mapping[str, tuple[float, float]], *, step: int) -> None:
         """Metrics on held-out rows; those that the run, killed after it, has already stay."""
@@ -233,7 +244,7 @@ class Session:
         if not self.first:
             return
         changed = {"resumed_with_changes": held} if (held := self.run.changes) else {}
-        whole = {**summary, **changed, "timings": {"seconds": seconds}}
+        whole = {**summary, **changed, "timings": {"seconds": seconds, **self.timings}}
         self.run.write_json("summary.json", whole)
         if samples:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in samples]
@@ -452,17 +463,27 @@ def balance_policy(
     """The balance that the flags and the model ask for, and the options that are idle with it."""
     if not has_router(model):
         reason = "for this model: it has no router that can be observed"
-        names = ("load_balancing_coef", "z_loss_coef", "balance_scope")
+        names = (
+            *("load_balancing_coef", "z_loss_coef", "balance_scope"),
+            *("running_decay", "bias_update_rate"),
+        )
         return BalancePolicy(scope="off"), dict.fromkeys(names, reason)
     own = BalancePolicy.of_model(model, scope=config.scope)
     policy = BalancePolicy(
         scope=config.scope,
         load_balancing_coef=_either(config.load_balancing_coef, own.load_balancing_coef),
         z_loss_coef=_either(config.z_loss_coef, own.z_loss_coef),
+        running_decay=config.running_decay,
+        bias_update_rate=config.bias_update_rate,
     )
+    idle = {}
     if policy.scope != "off" and not policy.on:
-        return policy, {"balance_scope": "with both coefficients 0"}
-    return policy, {}
+        idle = dict.fromkeys(("balance_scope", "running_decay"), "with both coefficients 0")
+    if not has_selection_bias(model):
+        idle["bias_update_rate"] = "for this model: its router has no selection bias"
+    elif config.lora_rank or is_adapted(model):
+        idle["bias_update_rate"] = "with adapters: their files do not hold the selection bias"
+    return policy, idle
 
 
 def _either(given: float | None, own: float) -> float:
@@ -472,12 +493,16 @@ def _either(given: float | None, own: float) -> float:
 def describe_balance(policy: BalancePolicy, model: nn.Module) -> str:
     if not has_router(model):
         return "no router"
-    if not policy.on:
-        return "routers observed, not balanced"
-    return (
-        f"load balancing {policy.load_balancing_coef:g}, z-loss {policy.z_loss_coef:g}, "
-        f"f over {policy.scope}"
-    )
+    terms = []
+    if policy.on:
+        terms += [
+            f"load balancing {policy.load_balancing_coef:g}",
+            f"z-loss {policy.z_loss_coef:g}",
+            f"f over {policy.scope}",
+        ]
+    if policy.bias_update_rate:
+        terms.append(f"selection bias by {policy.bias_update_rate:g} a step")
+    return ", ".join(terms) or "routers observed, not balanced"
 
 
 def describe_log(session: Session) -> str:

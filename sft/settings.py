@@ -3,6 +3,7 @@
 Sizes are given for the whole optimizer step over all processes; what one process does follows.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,21 +15,38 @@ from transformers import TrainingArguments
 from moe.errors import UserError
 from sft.adapt import base_of
 
-BalanceScope = Literal["off", "micro_batch", "optimizer_step"]
+BalanceScope = Literal["off", "micro_batch", "sequence", "optimizer_step", "running"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BalancePolicy:
-    """How a stage balances its routers.
+    """How a stage balances its routers: by losses, by a selection bias, by both or by neither.
 
-    scope: what the expert fractions f are counted over. `micro_batch` is what most frameworks do;
-    `optimizer_step` counts the whole step, all micro-batches and processes, so that the gradient is
-    the same for every split (with accumulation it costs one more forward pass without gradients).
+    scope: what the expert fractions f of the load-balancing loss are counted over. `micro_batch` is
+    what most frameworks do, and alone depends on how a batch is split. `sequence`: each row of the
+    batch by itself (DeepSeek-V3). `optimizer_step`: the whole step, all micro-batches and processes
+    (Qiu et al. 2025, arXiv 2501.11873, exactly); with accumulation it costs one more forward pass
+    without gradients. `running`: the steps before this one, the n-th last weighing
+    running_decay ** n, at no cost; in the first step f is even, which pulls nowhere.
+    bias_update_rate: gamma of `moe.balance.update_selection_bias`, whatever the scope; 0 leaves
+    the bias as it is.
     """
 
     scope: BalanceScope = "micro_batch"
     load_balancing_coef: float = 0.0
     z_loss_coef: float = 0.0
+    running_decay: float = 0.9
+    bias_update_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("load_balancing_coef", "z_loss_coef", "bias_update_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} {getattr(self, name)} must be at least 0 and finite.")
+        if not 0 <= self.running_decay < 1:
+            raise UserError(
+                f"running_decay {self.running_decay} must be at least 0 (the last step alone) and "
+                "below 1."
+            )
 
     @classmethod
     def of_model(cls, model: nn.Module, *, scope: BalanceScope = "micro_batch") -> "BalancePolicy":
@@ -44,6 +62,7 @@ class BalancePolicy:
 
     @property
     def on(self) -> bool:
+        """Whether there is a loss to add."""
         return self.scope != "off" and (self.load_balancing_coef > 0 or self.z_loss_coef > 0)
 
 

@@ -6,6 +6,7 @@ the line "Hugging Face's loop"; transformers is bounded to the minor versions th
 """
 
 import json
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,10 +19,11 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from moe.balance import BalanceSums, balance_sums, balance_values
+from moe.balance import expert_counts
 from moe.errors import UserError
 from moe.record import has_router, record_routing
 from moe.stats import RouterStats
+from sft.balancing import Passes, StepBalance
 from sft.checkpoint import (
     PREFIX,
     Checkpoint,
@@ -65,7 +67,6 @@ class _Denominators:
 
     units: float = 1.0
     tokens: float = 1.0
-    fraction_LE: Tensor | None = None
 
 
 @dataclass
@@ -121,6 +122,9 @@ class _Watch(TrainerCallback):
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.optimizer_steps += 1
+        if self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer.step_balance.forget_step()
+        self.trainer.step_balance.end_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.trainer.on_progress is not None:
@@ -181,7 +185,10 @@ class StageTrainer(Trainer):
         self.routed_part = model if routed_part is None else routed_part
         self.routed = has_router(self.routed_part)
         if self.balance.on and not self.routed:
-            self.balance = BalancePolicy(scope="off")
+            rate = self.balance.bias_update_rate  # kept, so that it is refused
+            self.balance = BalancePolicy(scope="off", bias_update_rate=rate)
+        self.step_balance = StepBalance(self.balance, self.routed_part, all_sum=self._all_sum)
+        self.first_pass_seconds = 0.0  # of this process, for balance over the optimizer step
         self.optimizer_steps = 0  # counted where they are made, in this process of the training
         self.steps_before = 0  # those of the checkpoint that this training continues
         self._step = _Denominators()
@@ -277,8 +284,10 @@ class StageTrainer(Trainer):
                 output = self.objective(model, inputs)
             routings = [forward.routings for forward in trace.forwards]
             loss = output.loss_sum / self._step.units
-            if self.balance.on:
+            if self.balance.on and model.training:
                 loss = loss + self._balance_penalty(routings)
+            if model.training:
+                self.step_balance.count(routings)
             for each in routings:
                 self._sums.add_stats(RouterStats.from_routings(each))
         else:
@@ -294,38 +303,21 @@ class StageTrainer(Trainer):
         # DDP averages gradients over processes; the denominators are already global.
         return loss * self.accelerator.num_processes
 
-    def _balance_penalty(self, routings: Sequence[Sequence[Any]]) -> Tensor:
+    def _balance_penalty(self, passes: Passes) -> Tensor:
         """Balance and z-loss of this micro-batch, weighted by its share of the step's tokens."""
-        sums_L = self._layer_sums(routings)
-        share = sums_L[0].num_tokens / self._step.tokens
-        fraction_LE = self._step.fraction_LE
-        if self.balance.scope == "optimizer_step" and fraction_LE is None:
-            fraction_LE = self._fractions(torch.stack([s.count_E for s in sums_L]))
-        balance, z = balance_values(sums_L, fraction_LE=fraction_LE)
-        tokens = sums_L[0].num_tokens.detach()
+        charge = self.step_balance.charge(passes, step_tokens=self._step.tokens)
+        tokens = charge.num_tokens
         self._sums.add(
             LossOutput(
-                loss_sum=balance.detach(),
+                loss_sum=charge.balance,
                 count=tokens,
                 metrics={
-                    "router/balance_loss": (balance.detach() * tokens, tokens),
-                    "router/z_loss": (z.detach() * tokens, tokens),
+                    "router/balance_loss": (charge.balance * tokens, tokens),
+                    "router/z_loss": (charge.z * tokens, tokens),
                 },
             )
         )
-        return share * (self.balance.load_balancing_coef * balance + self.balance.z_loss_coef * z)
-
-    @staticmethod
-    def _layer_sums(routings: Sequence[Sequence[Any]]) -> list[BalanceSums]:
-        """Sums per layer over the passes of one micro-batch."""
-        sums_L = [balance_sums(routing) for routing in routings[0]]
-        for other in routings[1:]:
-            sums_L = [a + balance_sums(b) for a, b in zip(sums_L, other, strict=True)]
-        return sums_L
-
-    def _fractions(self, count_LE: Tensor) -> Tensor:
-        count_LE = self._all_sum(count_LE.detach())
-        return count_LE / count_LE.sum(dim=-1, keepdim=True).clamp(min=1.0)
+        return charge.penalty
 
     def _all_sum(self, value: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -343,8 +335,12 @@ class StageTrainer(Trainer):
         if float(totals[0]) == 0:
             raise UserError(f"stage {self.stage}: a batch has nothing to learn, all is masked out.")
         self._step = _Denominators(units=float(totals[0]), tokens=float(totals[1]))
-        if self.balance.on and self.balance.scope == "optimizer_step" and len(batches) > 1:
-            self._step.fraction_LE = self._fractions(self._counts_without_gradient(batches))
+        count_LE = None
+        if self.step_balance.needs_first_pass(len(batches)):
+            start = time.perf_counter()
+            count_LE = self._counts_without_gradient(batches)
+            self.first_pass_seconds += time.perf_counter() - start
+        self.step_balance.begin_step(count_LE)
 
     def _counts_without_gradient(self, batches: Sequence[Mapping[str, Any]]) -> Tensor:
         """Expert counts of a first pass over all micro-batches, with the dropout of the second."""
@@ -360,7 +356,7 @@ class StageTrainer(Trainer):
             for batch in prepared:
                 self.objective(self.model, batch)
                 for forward in trace.forwards:
-                    count_LE = torch.stack([balance_sums(r).count_E for r in forward.routings])
+                    count_LE = torch.stack([expert_counts(r) for r in forward.routings])
                     total = count_LE if total is None else total + count_LE
                 trace.clear()
         assert total is not None
@@ -467,6 +463,7 @@ class StageTrainer(Trainer):
                         for name, tensor in process["tensors"].items()
                     },
                     **({"extra": extra_tensors} if extra_tensors else {}),
+                    **({"balance": balance} if (balance := self.step_balance.state()) else {}),
                 },
                 documents={
                     "trainer_state": state_document(self.state),
@@ -518,6 +515,8 @@ class StageTrainer(Trainer):
         self._check_same_settings(checkpoint)
         extra: Any = checkpoint.documents["extra"]
         self.load_extra_state(checkpoint.tensors.get("extra", {}), extra)
+        balance = checkpoint.tensors.get("balance", {})
+        self.step_balance.load_state(balance, device=self.args.device)
         sums: Any = checkpoint.documents["sums"]
         # Over another number of processes, the metrics since the last log begin anew.
         alike = len(sums) == self.accelerator.num_processes
@@ -554,6 +553,8 @@ class StageTrainer(Trainer):
 
     def _check_same_settings(self, checkpoint: Checkpoint) -> None:
         held: Any = checkpoint.documents["settings"]
+        # A checkpoint from before a balance option existed was trained with its default.
+        held = {**held, "balance": {**asdict(BalancePolicy()), **held["balance"]}}
         now = flattened(self._all_settings())
         for name in RESUMABLE_SETTINGS:
             del now[name]

@@ -78,7 +78,10 @@ def test_the_base_of_the_rotation_is_the_configurations() -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_written_out_form_equals_sdpa(window: int | None, padded: bool) -> None:
+@pytest.mark.parametrize("fast_name", ["sdpa", "windowed"])
+def test_the_written_out_form_equals_the_fast_ones(
+    window: int | None, padded: bool, fast_name: str
+) -> None:
     model = make_model(sliding_window=window)
     ids = torch.arange(14).view(2, 7)
     mask = torch.ones(2, 7, dtype=torch.long)
@@ -87,12 +90,12 @@ def test_the_written_out_form_equals_sdpa(window: int | None, padded: bool) -> N
     with torch.no_grad():
         naive, fast = (
             use(model, name)(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            for name in ("eager", "sdpa")
+            for name in ("eager", fast_name)
         )
     torch.testing.assert_close(naive[mask.bool()], fast[mask.bool()], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "windowed"])
 @pytest.mark.parametrize("window", [6, 7, 100])
 def test_a_window_as_long_as_the_text_is_full_attention(attention: str, window: int) -> None:
     ids = torch.arange(12).view(2, 6)
@@ -104,7 +107,7 @@ def test_a_window_as_long_as_the_text_is_full_attention(attention: str, window: 
     torch.testing.assert_close(full, windowed, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "windowed"])
 def test_a_query_sees_window_tokens_itself_included(attention: str) -> None:
     model = use(make_model(num_hidden_layers=1, sliding_window=3), attention)
     embeds = normal(1, 8, 24).requires_grad_()

@@ -1,5 +1,7 @@
 """What a configuration derives, and what it says about contradictions."""
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,10 @@ import pytest
 from transformers import AutoConfig
 
 import moe.heads  # noqa: F401  registers the model type
-from moe.config import MoEConfig
+from moe.config import ROUTER_FIELDS, MoEConfig
 from moe.errors import UserError
+from moe.layouts import LAYOUTS, PLAIN_ROUTER
+from moe.router_spec import RouterSpec
 
 
 def test_the_default_is_all_sparse_with_full_attention() -> None:
@@ -34,6 +38,80 @@ def test_the_router_spec_follows_from_the_fields() -> None:
     ).router_spec
     assert (spec.num_experts, spec.top_k, spec.normalize_weights) == (6, 3, False)
     assert spec.capacity_factor == 1.5
+
+
+# One value other than the default for every field about the router, in combinations that can be.
+ROUTERS: list[dict[str, Any]] = [
+    {
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "routed_scaling_factor": 2.5,
+        "router_selection_bias": True,
+        "router_bias": True,
+        "n_group": 4,
+        "topk_group": 2,
+        "group_score": "max",
+        "router_jitter_noise": 0.01,
+        "router_logit_noise": 0.1,
+        "shared_expert_intermediate_size": 16,
+        "shared_expert_mode": "added",
+    },
+    {
+        "capacity_factor": 1.25,
+        "capacity_scope": "sequence",
+        "capacity_rounding": "floor",
+        "drop_order": "score",
+    },
+    {"router_kind": "hash", "hash_seed": 7, "load_balancing_coef": 0.0},
+    {
+        "router_kind": "expert_choice",
+        "norm_topk_prob": False,
+        "load_balancing_coef": 0.0,
+        "z_loss_coef": 0.0,
+    },
+]
+
+
+@pytest.mark.parametrize("fields", ROUTERS, ids=lambda fields: next(iter(fields)))
+def test_every_router_field_reaches_the_spec_and_survives_saving(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    config = MoEConfig(**fields)
+    for name in fields.keys() & ROUTER_FIELDS.keys():
+        assert getattr(config.router_spec, ROUTER_FIELDS[name]) == fields[name]
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    where = {"_name_or_path": ""}
+    assert loaded.to_dict() | where == config.to_dict() | where
+    assert loaded.router_spec == config.router_spec
+
+
+def test_the_configurations_here_use_every_router_field_and_the_spec_has_no_others() -> None:
+    used = {name for fields in ROUTERS for name in fields}
+    assert set(ROUTER_FIELDS) - used == {"num_experts", "num_experts_per_tok"}
+    assert set(ROUTER_FIELDS.values()) == {f.name for f in dataclasses.fields(RouterSpec)}
+    spec = MoEConfig().router_spec
+    assert spec == RouterSpec(num_experts=8, top_k=2)
+
+
+def test_a_configuration_of_before_these_fields_still_opens(tmp_path: Path) -> None:
+    written = {"model_type": "switchyard", "hidden_size": 64, "shared_expert_intermediate_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, MoEConfig)
+    assert repr(config.router_spec) == "RouterSpec(num_experts=8, top_k=2)"
+    assert config.shared_expert_mode == "gated"
+
+
+def test_a_layout_of_another_family_names_every_router_field_it_cannot_express() -> None:
+    plain = {name for layout in LAYOUTS.values() for name in layout.fixed}
+    ours = {*ROUTER_FIELDS, "router_bias", "shared_expert_mode"}
+    travel = {"num_experts", "num_experts_per_tok"}
+    assert ours - plain == travel
+    sparse = [layout for layout in LAYOUTS.values() if "sparse" in layout.ffn]
+    for layout in sparse:
+        assert set(PLAIN_ROUTER) <= set(layout.fixed)
+        assert all(layout.fixed[name] == getattr(MoEConfig(), name) for name in PLAIN_ROUTER)
 
 
 def test_the_number_of_experts_has_two_names() -> None:
@@ -120,6 +198,29 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
         {"shared_expert_intermediate_size": 8, "mlp_layer_types": ["dense"] * 4},
         ["shared_expert_intermediate_size 8", "needs a sparse layer"],
     ),
+    (
+        {"shared_expert_intermediate_size": 8, "shared_expert_mode": "mean"},
+        ["shared_expert_mode 'mean'", "gated, added, averaged"],
+    ),
+    (
+        {"shared_expert_mode": "added"},
+        ["shared_expert_mode 'added'", "shared_expert_intermediate_size None"],
+    ),
+    (
+        {"router_kind": "hash"},
+        ["load_balancing_coef 0.01", "router_kind 'hash'", "set it to 0"],
+    ),
+    (
+        {"router_kind": "expert_choice", "norm_topk_prob": False, "load_balancing_coef": 0.0},
+        ["z_loss_coef 0.001", "'expert_choice'", "set it to 0"],
+    ),
+    (
+        {"scoring_func": "sigmoid", "mlp_layer_types": ["dense"] * 4},
+        ["scoring_func 'sigmoid' has no effect", "no layer", "sparse"],
+    ),
+    ({"router_bias": True, "mlp_layer_types": ["dense"] * 4}, ["router_bias True", "no effect"]),
+    ({"router_kind": "soft"}, ["kind 'soft'", "top_k, expert_choice, hash"]),
+    ({"drop_order": "score"}, ["drop_order 'score'", "without capacity_factor"]),
 ]
 
 

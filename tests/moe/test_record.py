@@ -143,6 +143,29 @@ def test_each_pass_is_recorded_with_its_sample_ids_and_mask() -> None:
     assert trace.forwards[1].mask_BS.all()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_foreign_pass_is_recorded_with_its_sample_ids(family: str) -> None:
+    model = make_foreign(family)
+    with torch.no_grad(), record_routing(model) as trace:
+        model(input_ids=some_ids(), attention_mask=PADDING, sample_ids=torch.tensor([41, 7]))
+    assert trace.forwards[0].sample_ids.tolist() == [41, 7]
+
+
+@pytest.mark.parametrize("make", [make_ours, lambda: make_foreign("mixtral")])
+def test_steps_with_a_cache_are_recorded_as_parts_of_one_text(make: Any) -> None:
+    model = make()
+    with torch.no_grad(), record_routing(model) as trace:
+        cache = model(
+            input_ids=some_ids()[:, :5], attention_mask=PADDING[:, :5], use_cache=True
+        ).past_key_values
+        model(input_ids=some_ids()[:, 5:], attention_mask=PADDING, past_key_values=cache)
+    tokens = [forward.token_BS for forward in trace.forwards]
+    assert tokens[0] is not None and tokens[1] is not None
+    assert tokens[0].tolist() == [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert tokens[1].tolist() == [[3, 4], [5, 6]]
+    assert [tuple(c.shape) for _, c in trace.choices().samples()] == [(2, 5, 2), (2, 7, 2)]
+
+
 def test_nothing_is_recorded_outside_the_block_or_left_behind() -> None:
     for model in (make_ours(), make_foreign("olmoe")):
         with torch.no_grad():

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from moe import MoEConfig, MoEForCausalLM
 from moe.errors import UserError
-from rlhf.dpo import DPOTrainer, SelfCheckFailed, pair_logps, refuse_batch_coupling
+from rlhf.dpo import DPOTrainer, SelfCheckFailed, pair_logps
 from rlhf.losses.dpo import DPOLoss
 from rlhf.reference import FrozenAdapter, FrozenCopy, Reference
+from rlhf.routing_guard import refuse_batch_coupling
 from sft.adapt import LoraSpec, add_lora, copy_adapter
 from sft.checkpoint import MANIFEST, live_tensors
 from sft.order import StepOrder
@@ -153,7 +154,7 @@ def test_a_router_with_capacity_is_refused(tmp_path: Path, factor: float) -> Non
     assert str(caught.value) == (
         f"capacity_factor {factor} makes a token's log-probability depend on its batch "
         "neighbours, so ratios and margins would not be the policy's: set capacity_factor to None "
-        "(dropless) for preference and RL stages."
+        "(dropless) for preference and RL stages, or give allow_batch_dependent_routing."
     )
     with pytest.raises(UserError, match="capacity_factor"):
         refuse_batch_coupling(add_lora(model, LoraSpec(rank=1, alpha=1)))

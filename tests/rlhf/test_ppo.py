@@ -510,6 +510,23 @@ def test_a_router_with_capacity_is_refused(tmp_path: Path, part: str) -> None:
         ppo_trainer(tmp_path, **models)
 
 
+def test_asking_lets_noise_and_a_coupled_critic_in_but_no_policy_that_cannot_be_sampled(
+    tmp_path: Path,
+) -> None:
+    asked: dict[str, Any] = {"allow_batch_dependent_routing": True}
+    noisy: dict[str, Any] = {
+        "policy": tiny_lm(router_logit_noise=0.5),
+        "critic": critic_of(capacity_factor=1.0),
+    }
+    trainer = ppo_trainer(tmp_path / "asked", **noisy, options=asked)
+    trainer.fit()  # without the check that the first ratio is 1
+    assert trainer.own_settings()["allow_batch_dependent_routing"] is True
+    with pytest.raises(UserError, match="capacity_factor 1.0 cannot generate"):
+        ppo_trainer(tmp_path / "coupled", policy=tiny_lm(capacity_factor=1.0), options=asked)
+    with pytest.raises(UserError, match="allow_batch_dependent_routing has no effect"):
+        ppo_trainer(tmp_path / "idle", options=asked)
+
+
 def test_dropout_is_off_in_policy_and_critic(tmp_path: Path) -> None:
     """With dropout the ratio would not be 1, and two passes would not agree."""
     noisy: dict[str, Any] = {"attention_dropout": 0.5}
