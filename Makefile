@@ -1,4 +1,5 @@
 # make run: from nothing to the report of the main job. make test: from nothing to the tests.
+# make conformance: from nothing to Hugging Face's own model tests, run against our classes.
 PY ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ ARGS ?=
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: run test lint clean
+.PHONY: run test lint conformance clean
 
 run: $(READY)
 	HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-1} OMP_NUM_THREADS=1 \
@@ -18,6 +19,9 @@ test: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+conformance: $(READY)
+	$(BIN)/python tests/conformance/hf_conformance.py $(ARGS)
 
 # constraints.txt is the tested set; the bounds in pyproject.toml are what is allowed.
 $(READY): pyproject.toml constraints.txt
