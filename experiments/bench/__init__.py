@@ -1,0 +1,1 @@
+"""Benchmarks: what a part costs beside its peers and limits, as ratios taken in one process."""
