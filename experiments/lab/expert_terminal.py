@@ -17,8 +17,13 @@ MEASURES = {
     "load_entropy": "entropy",
     "max_vio": "MaxVio",
     "max_vio_floor": "MaxVio by chance",
+    "load_cv": "CV",
+    "load_cv_floor": "CV by chance",
     "dropped_share": "dropped",
+    "margin": "margin",
+    "tie_rate": "ties",
 }
+MOST_PAIRS = 5
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,13 +43,21 @@ def show(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
     for name, found in summary["routing"].items():
         _show_loads(console, f"{name}: load / fair share", found["load_share"][0])
         console.print(_layer_table(found))
+    if "coactivation" in summary:
+        _show_pairs(console, summary["coactivation"])
+    if "repeats" in summary:
+        _show_repeats(console, summary["repeats"])
     if "drift" in summary:
         _show_drift(console, summary["drift"])
     if "domains" in summary:
         _show_domains(console, summary["domains"], summary["verdict"])
     if "tokens" in summary:
         _show_tokens(console, summary["tokens"], summary["shape"])
-    console.print(f"\nfiles  {folder}: summary.json, *.csv, figures/", highlight=False)
+        _show_vocabulary(console, summary["vocabulary"])
+    console.print()
+    for sentence in summary["answers"]:
+        console.print(sentence, markup=False, highlight=False)
+    console.print(f"\nfiles  {folder}: report.html, summary.json, *.csv, figures/", highlight=False)
 
 
 def _show_loads(
@@ -110,7 +123,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Any:
 
 
 def _cell(value: object) -> str:
+    if value is None:
+        return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _mean(known) if known else None
 
 
 def _layer_table(found: Mapping[str, Any]) -> Any:
@@ -119,22 +139,80 @@ def _layer_table(found: Mapping[str, Any]) -> Any:
     for layer in range(num_layers):
         rows.append([str(layer), *(found[key][0][layer] for key in MEASURES)])
     if num_layers > 1:
-        rows.append(["mean", *(sum(found[key][0]) / num_layers for key in MEASURES)])
+        rows.append(["mean", *(_mean_or_none(found[key][0]) for key in MEASURES)])
     return _table(["layer", *MEASURES.values()], rows)
 
 
+def _show_pairs(console: Console, found: Mapping[str, Any]) -> None:
+    """The strongest pairs of all layers, P(other | expert)."""
+    pairs = sorted(
+        (pair for layer in found["strongest"] for pair in layer), key=lambda pair: -pair["share"]
+    )[:MOST_PAIRS]
+    rows: list[list[object]] = [
+        [
+            str(pair["layer"]),
+            f"{pair['expert']} -> {pair['other']}",
+            pair["tokens"],
+            pair["share"],
+            pair["by_usage"],
+        ]
+        for pair in pairs
+    ]
+    _print_title(
+        console,
+        f"chosen together: the largest P(other | expert), {found['uniform_null']:.3f} without "
+        "preference (all pairs: coactivation.csv)",
+    )
+    console.print(_table(["layer", "expert -> other", "tokens", "share", "loads alone"], rows))
+
+
+def _show_repeats(console: Console, found: Mapping[str, Any]) -> None:
+    """Both kinds side by side, each with its two chance levels."""
+    kinds = [kind for kind in ("first", "first_or_second") if kind in found]
+    keys = ("rate", "usage_null", "shuffle_null", "p_value")
+    columns = [found[kind][key] for kind in kinds for key in keys]
+    rows: list[list[object]] = [
+        [str(layer), *values] for layer, values in enumerate(zip(*columns, strict=True))
+    ]
+    heads = [
+        ("first", "loads alone", "reordered", "p"),
+        ("either", "loads alone", "reordered", "p"),
+    ]
+    _print_title(
+        console,
+        "same expert for the next token: first choice, and first or second; by the loads alone, "
+        "and with each piece's tokens reordered",
+    )
+    console.print(_table(["layer", *(h for head in heads[: len(kinds)] for h in head)], rows))
+
+
+def _show_vocabulary(console: Console, found: Mapping[str, Any]) -> None:
+    keys = ("jsd_bits", "jsd_bits_shuffled_mean", "p_value")
+    rows: list[list[object]] = [
+        [str(at), *values]
+        for at, values in enumerate(zip(*(found[key] for key in keys), strict=True))
+    ]
+    _print_title(
+        console,
+        f"divergence between {found['distinct_tokens']:,} distinct tokens, weighted (bits)",
+    )
+    console.print(_table(["layer", "JSD", "shuffled within pieces", "p"], rows))
+
+
 def _show_drift(console: Console, moved: Mapping[str, Any]) -> None:
-    rows = [
+    keys = ("saturation", "saturation_usage_null", "jaccard", "jsd_bits")
+    rows: list[list[object]] = [
         [str(layer), *values]
-        for layer, values in enumerate(zip(moved["jaccard"], moved["jsd_bits"], strict=True))
+        for layer, values in enumerate(zip(*(moved[key] for key in keys), strict=True))
     ]
     chance = moved["jaccard_by_chance_about"]
     _print_title(
         console,
-        f"drift against {moved['against']} (Jaccard: 1 same, about {chance:.2f} by chance; "
+        f"against {moved['against']} (shared choices: 1 settled, "
+        f"{moved['saturation_uniform_null']:.2f} by chance; Jaccard: about {chance:.2f} by chance; "
         "JS divergence: 0 same, 1 disjoint)",
     )
-    console.print(_table(["layer", "Jaccard", "JSD (bits)"], rows))
+    console.print(_table(["layer", "shared", "loads alone", "Jaccard", "JSD (bits)"], rows))
 
 
 def _show_domains(console: Console, domains: Mapping[str, Any], judged: Mapping[str, Any]) -> None:

@@ -1,11 +1,10 @@
-"""How a model's experts are used on texts: passes, and what they say by domain and by token.
+"""How a model's experts are used on texts: the passes over them, and what they leave.
 
-The decision to know: a pass is reduced at once to counts, so that what is kept grows with texts and
-tokens and never with logits; and chance levels are shufflings of whole texts, because tokens of one
-text resemble each other.
+The decision to know: a pass is reduced at once to counts and choices, so that what is kept grows
+with texts and tokens and never with logits. The measures themselves are in `moe`.
 
 Shapes: B batch, S sequence, T tokens, E experts, K experts per token, L MoE layers, N texts,
-G domains, P shufflings, U distinct tokens.
+U distinct tokens.
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe.counters import permutation
+from moe.choices import token_choices
+from moe.coactivation import CoActivation
 from moe.errors import UserError
-from moe.record import RecordedForward, RoutingTrace, record_routing
-from moe.stats import RouterStats, drift, jensen_shannon_bits
+from moe.record import RoutingTrace, record_routing
+from moe.saturation import Saturation, saturation
+from moe.specialisation import row_counts
+from moe.stats import RouterStats, drift
 from sft.text import pad_batch
-
-PURPOSE = "expert_use"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +40,21 @@ class Observed:
     """What the passes over all texts left.
 
     stats, other_stats: expert use of the model and of the one it is held against (None without).
-    jaccard_L: mean over tokens of the shared part of the chosen sets (None without).
+    jaccard_L: mean over tokens of the shared part of the chosen sets, and `saturation`: the shared
+    choices (None without). pairs: experts chosen together (None of a top-1 router).
     text_count_NLE: float32, assignments per text (None unless asked for).
-    token_T: int64, and expert_LTK: int16, every real token and its choice (None unless asked for).
+    token_T: int64, expert_LTK: int16, sequence_T: int64: every real token, its choice, its piece.
     """
 
     stats: RouterStats
     other_stats: RouterStats | None
     jaccard_L: Tensor | None
+    saturation: Saturation | None
+    pairs: CoActivation | None
     text_count_NLE: Tensor | None
-    token_T: Tensor | None
-    expert_LTK: Tensor | None
+    token_T: Tensor
+    expert_LTK: Tensor
+    sequence_T: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,51 +84,79 @@ def observe(
     batch_size: int,
     against: nn.Module | None = None,
     per_text: bool = False,
-    per_token: bool = False,
 ) -> Observed:
     """One pass over the texts; what is kept grows with texts and tokens, not with the logits.
 
-    Raises UserError if the two models have different numbers of layers or experts.
+    Raises UserError if the two models have different numbers of layers, experts or choices.
     """
-    stats: RouterStats | None = None
-    other_stats: RouterStats | None = None
-    shared_L: Tensor | None = None
+    seen = _Seen()
     text_counts: dict[int, Tensor] = {}
-    tokens: list[Tensor] = []
-    experts: list[Tensor] = []
     for rows, ids_BS, mask_BS in _batches(texts, pad_id=pad_id, batch_size=batch_size):
         trace = _record(decoder, ids_BS, mask_BS)
-        forward = trace.forwards[0]
-        part = RouterStats.from_trace(trace)
-        stats = part if stats is None else stats.merge(part)
+        seen.add(trace, ids_BS[mask_BS])
         if against is not None:
-            other = _record(against, ids_BS, mask_BS)
-            part = RouterStats.from_trace(other)
-            other_stats = part if other_stats is None else other_stats.merge(part)
-            try:
-                jaccard_L = drift(trace, other).jaccard_L
-            except ValueError as error:
-                raise UserError(f"--against: {error}.") from error
-            sums = jaccard_L.cpu() * int(mask_BS.sum())
-            shared_L = sums if shared_L is None else shared_L + sums
+            seen.compare(trace, _record(against, ids_BS, mask_BS))
         if per_text:
-            for row, count_LE in zip(rows, row_counts(forward), strict=True):
+            for row, count_LE in zip(rows, row_counts(trace.forwards[0]), strict=True):
                 text_counts[row] = text_counts[row] + count_LE if row in text_counts else count_LE
-        if per_token:
-            tokens.append(ids_BS[mask_BS])
-            experts.append(
-                torch.stack([r.expert_TK[r.mask_T].short().cpu() for r in forward.routings])
-            )
-    assert stats is not None
     counts = [text_counts[number] for number in sorted(text_counts)]
-    return Observed(
-        stats=stats,
-        other_stats=other_stats,
-        jaccard_L=None if shared_L is None else shared_L / stats.tokens_L.cpu(),
-        text_count_NLE=torch.stack(counts) if per_text else None,
-        token_T=torch.cat(tokens) if per_token else None,
-        expert_LTK=torch.cat(experts, dim=1) if per_token else None,
-    )
+    return seen.observed(torch.stack(counts) if per_text else None)
+
+
+class _Seen:
+    """The sums and choices of the passes so far."""
+
+    def __init__(self) -> None:
+        self.stats: RouterStats | None = None
+        self.pairs: CoActivation | None = None
+        self.other_stats: RouterStats | None = None
+        self.saturation: Saturation | None = None
+        self.jaccard_sum_L: Tensor | None = None
+        self.tokens: list[Tensor] = []
+        self.experts: list[Tensor] = []
+        self.sequences: list[Tensor] = []
+        self.num_rows = 0
+
+    def add(self, trace: RoutingTrace, token_T: Tensor) -> None:
+        stats = RouterStats.from_trace(trace)
+        self.stats = stats if self.stats is None else self.stats.merge(stats)
+        if stats.top_k > 1:
+            pairs = CoActivation.from_trace(trace)
+            self.pairs = pairs if self.pairs is None else self.pairs.merge(pairs)
+        choices = token_choices(trace)
+        self.tokens.append(token_T)
+        self.experts.append(choices.expert_LTK)
+        self.sequences.append(choices.sequence_T + self.num_rows)
+        self.num_rows += sum(len(forward.sample_ids) for forward in trace.forwards)
+
+    def compare(self, trace: RoutingTrace, other: RoutingTrace) -> None:
+        try:
+            jaccard_L = drift(trace, other).jaccard_L
+            shared = saturation(trace, other)
+        except ValueError as error:
+            raise UserError(f"--against: {error}.") from error
+        stats = RouterStats.from_trace(other)
+        self.other_stats = stats if self.other_stats is None else self.other_stats.merge(stats)
+        self.saturation = shared if self.saturation is None else self.saturation.merge(shared)
+        sums_L = jaccard_L.cpu() * shared.num_tokens
+        self.jaccard_sum_L = sums_L if self.jaccard_sum_L is None else self.jaccard_sum_L + sums_L
+
+    def observed(self, text_count_NLE: Tensor | None) -> Observed:
+        assert self.stats is not None
+        jaccard_L = None
+        if self.jaccard_sum_L is not None:
+            jaccard_L = self.jaccard_sum_L / self.stats.tokens_L.cpu()
+        return Observed(
+            stats=self.stats,
+            other_stats=self.other_stats,
+            jaccard_L=jaccard_L,
+            saturation=self.saturation,
+            pairs=self.pairs,
+            text_count_NLE=text_count_NLE,
+            token_T=torch.cat(self.tokens),
+            expert_LTK=torch.cat(self.experts, dim=1),
+            sequence_T=torch.cat(self.sequences),
+        )
 
 
 def _batches(
@@ -162,73 +193,6 @@ def _record(decoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> RoutingTrace
             use_cache=False,
         )
     return trace
-
-
-def row_counts(forward: RecordedForward) -> Tensor:
-    """Assignments of each row of a pass, (B, L, E) float32, padding left out."""
-    batch = forward.mask_BS.shape[0]
-    layers = []
-    for r in forward.routings:
-        chosen_TE = torch.nn.functional.one_hot(r.expert_TK, r.num_experts).sum(dim=1).float()
-        count_BE = chosen_TE.new_zeros(batch, r.num_experts)
-        layers.append(count_BE.index_add(0, r.sequence_T, chosen_TE * r.mask_T[:, None]))
-    return torch.stack(layers, dim=1).cpu()
-
-
-def measures(stats: RouterStats) -> dict[str, list[Any]]:
-    """Every measure per layer, and `load_share` (load / fair share) per layer and expert."""
-    relative_LE = stats.relative_load_LE
-    return {
-        "max_load": relative_LE.amax(dim=-1).tolist(),
-        "min_load": relative_LE.amin(dim=-1).tolist(),
-        "dead_experts": stats.dead_experts_L.tolist(),
-        "load_entropy": stats.load_entropy_L.tolist(),
-        "max_vio": stats.max_vio_L.tolist(),
-        "max_vio_floor": stats.max_vio_floor_L.tolist(),
-        "dropped_share": stats.dropped_share_L.tolist(),
-        "load_share": relative_LE.tolist(),
-    }
-
-
-# --- by domain -----------------------------------------------------------------------------------
-
-
-def domain_divergence(text_count_NLE: Tensor, labels_N: Tensor, *, num_domains: int) -> Tensor:
-    """Mean over pairs of domains of the Jensen-Shannon divergence of their loads, bits, (L,)."""
-    load_GLE = domain_loads(text_count_NLE, labels_N, num_domains=num_domains)
-    first, second = torch.triu_indices(num_domains, num_domains, offset=1)
-    return jensen_shannon_bits(load_GLE[first], load_GLE[second]).mean(dim=0)
-
-
-def domain_loads(text_count_NLE: Tensor, labels_N: Tensor, *, num_domains: int) -> Tensor:
-    """Share of assignments per domain, layer and expert, (G, L, E) float64."""
-    _, layers, experts = text_count_NLE.shape
-    count_GLE = text_count_NLE.new_zeros(num_domains, layers, experts).double()
-    count_GLE = count_GLE.index_add(0, labels_N, text_count_NLE.double())
-    return count_GLE / count_GLE.sum(dim=-1, keepdim=True).clamp(min=1)
-
-
-def shuffled_divergence(
-    text_count_NLE: Tensor, labels_N: Tensor, *, num_domains: int, permutations: int, seed: int
-) -> Tensor:
-    """The same under shufflings of the labels over whole texts, (permutations, L).
-
-    Whole texts, because tokens of one text resemble each other: shuffling tokens would call any
-    two texts different.
-    """
-    shuffled = []
-    for number in range(permutations):
-        order = permutation(seed, PURPOSE, number, length=len(labels_N))
-        labels = labels_N[torch.tensor(order)]
-        shuffled.append(domain_divergence(text_count_NLE, labels, num_domains=num_domains))
-    return torch.stack(shuffled)
-
-
-def p_value(observed: float, shuffled: Sequence[float]) -> float:
-    """Share of the shufflings, the observed one among them, that reach the observed value."""
-    # Rounding of sums must not decide between equal divergences.
-    reached = sum(value >= observed * (1 - 1e-9) for value in shuffled)
-    return (1 + reached) / (1 + len(shuffled))
 
 
 # --- by token ------------------------------------------------------------------------------------

@@ -324,8 +324,6 @@ def heat_map(
     they fit.
     Show one seed at a time: expert 3 of one seed is not expert 3 of another.
     """
-    import numpy as np
-
     stages = in_order(load_LE_by_stage)
     load = {stage: _grid(load_LE_by_stage[stage]) for stage in stages}
     num_layers = max(grid.shape[0] for grid in load.values())
@@ -348,22 +346,95 @@ def heat_map(
         bottom = panels.flat[max(0, len(stages) - columns) : len(stages)]
         for panel in bottom:
             panel.set_xlabel("expert")
-        ticks = np.arange(-LOAD_LIMIT, LOAD_LIMIT + 1)
-        bar = figure.colorbar(
+        _ratio_bar(
+            figure,
             shade,
-            ax=list(panels.flat[: len(stages)]),
-            location="bottom",
-            ticks=ticks,
-            extend="min",
-            aspect=45,
-            shrink=0.7,
+            list(panels.flat[: len(stages)]),
             label="load / fair share (dark end: dead, below 1/10)",
+            has_dead=True,
         )
-        bar.ax.set_xticklabels(["1/4", "1/2", "1", "2", "4"])
-        bar.outline.set_visible(False)
         if title:
             figure.suptitle(title)
         return _finish(figure, png)
+
+
+def pair_maps(
+    share_EE_by_panel: Mapping[str, Sequence[Sequence[float]]],
+    null_EE_by_panel: Mapping[str, Sequence[Sequence[float | None]]],
+    *,
+    title: str = "",
+    png: Path | None = None,
+) -> str:
+    """P(column | row) of experts chosen together: the number in the cell, where it fits.
+
+    The colour is that share over its null, what the loads alone would give, on a log2 scale cut at
+    1/4 and 4: white is no preference. Grey: the diagonal, and where there is no null.
+    """
+    import numpy as np
+
+    names = list(share_EE_by_panel)
+    num_experts = max(len(share) for share in share_EE_by_panel.values())
+    small = num_experts <= 10
+    side = 0.33 * num_experts + 0.6 if small else FULL_WIDTH / min(len(names), 3)
+    columns = max(1, min(len(names), int(FULL_WIDTH / side), 4))
+    rows = math.ceil(len(names) / columns)
+    height = rows * (side + 0.1) + 0.8
+    with _figure(f"pair maps {title}", (max(columns * side + 0.4, HALF_WIDTH), height)) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False)
+        cells = sum(len(share) ** 2 for share in share_EE_by_panel.values())
+        for panel, name in zip(panels.flat, names, strict=False):
+            share, null = _grid(share_EE_by_panel[name]), _grid(null_EE_by_panel[name])
+            with np.errstate(divide="ignore", invalid="ignore"):
+                # Two experts that never meet are no dead ones: their colour is the blue end.
+                ratio = np.maximum(share / null, DEAD_SHARE)
+            ratio[np.eye(len(share), dtype=bool)] = np.nan
+            shade = _heat_panel(
+                panel,
+                ratio,
+                as_picture=cells > MAX_VECTOR_CELLS,
+                with_numbers=small,
+                number_LE=share,
+            )
+            if not small:
+                for axis in (panel.xaxis, panel.yaxis):
+                    _whole_ticks(axis, len(share), 8)
+            panel.set_aspect("equal")
+            panel.set_title(name)
+        for panel in panels.flat[len(names) :]:
+            panel.remove()
+        for panel in panels[:, 0]:
+            panel.set_ylabel("expert of the token")
+        for panel in panels.flat[max(0, len(names) - columns) : len(names)]:
+            panel.set_xlabel("also chosen")
+        _ratio_bar(
+            figure,
+            shade,
+            list(panels.flat[: len(names)]),
+            label="share / share by the loads alone",
+            has_dead=False,
+        )
+        if title:
+            figure.suptitle(title)
+        return _finish(figure, png)
+
+
+def _ratio_bar(
+    figure: Figure, shade: Any, panels: Sequence[Axes], *, label: str, has_dead: bool
+) -> None:
+    import numpy as np
+
+    bar = figure.colorbar(
+        shade,
+        ax=list(panels),
+        location="bottom",
+        ticks=np.arange(-LOAD_LIMIT, LOAD_LIMIT + 1),
+        extend="min" if has_dead else "neither",
+        aspect=45,
+        shrink=0.7,
+        label=label,
+    )
+    bar.ax.set_xticklabels(["1/4", "1/2", "1", "2", "4"])
+    bar.outline.set_visible(False)
 
 
 def _grid(load_LE: Sequence[Sequence[float | None]]) -> Any:
@@ -377,7 +448,15 @@ def _grid(load_LE: Sequence[Sequence[float | None]]) -> Any:
     return grid
 
 
-def _heat_panel(axes: Axes, load_LE: Any, *, as_picture: bool, with_numbers: bool) -> Any:
+def _heat_panel(
+    axes: Axes,
+    load_LE: Any,
+    *,
+    as_picture: bool,
+    with_numbers: bool,
+    number_LE: Any | None = None,
+) -> Any:
+    """Colours by `load_LE`, numbers by `number_LE` if they are others."""
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
@@ -404,8 +483,8 @@ def _heat_panel(axes: Axes, load_LE: Any, *, as_picture: bool, with_numbers: boo
         axes.set_xlim(box[0], box[1])
         axes.set_ylim(box[2], box[3])
     for layer, expert in np.ndindex(load_LE.shape) if with_numbers else ():
-        value = load_LE[layer, expert]
-        if np.isfinite(value):
+        value = (load_LE if number_LE is None else number_LE)[layer, expert]
+        if np.isfinite(load_LE[layer, expert]):
             ink = _ink(colors(scale(shown_LE[layer, expert])))
             text = "0" if value == 0 else f"{value:.2f}" if value < 9.95 else f"{value:.0f}"
             axes.text(expert, layer, text, ha="center", va="center", fontsize=7.5, color=ink)
@@ -432,14 +511,16 @@ def _ink(color: Sequence[float]) -> str:
 def drift(
     layers_by_metric: Mapping[str, Mapping[str, Sequence[Sequence[float | None]]]],
     *,
+    name: str = "drift",
     png: Path | None = None,
 ) -> str:
     """Distance of routing from the SFT model per layer: {title: {stage: [[per layer] per seed]}}.
 
     One panel per title, one line per stage (mean), a band from min to max over seeds.
+    name: salts the ids, so that two such figures can share a page.
     """
     looks = styles(stage for stages in layers_by_metric.values() for stage in stages)
-    with _figure("drift", (FULL_WIDTH, 3.2)) as figure:
+    with _figure(name, (FULL_WIDTH, 3.2)) as figure:
         panels = figure.subplots(1, len(layers_by_metric), squeeze=False)[0]
         for axes, (title, stages) in zip(panels, layers_by_metric.items(), strict=True):
             num_layers = 0
@@ -519,9 +600,7 @@ def bars(
             axes.plot(values, [y] * len(values), "o", ms=4, color=color, alpha=0.75, mew=0)
         _named_rows(axes, [label(arm) for arm in arms])
         axes.axvline(0, color="#444444", lw=0.8)
-        axes.set_xlabel(
-            f"{metric} (bar: mean, dots: seeds, whisker: 95 % interval if 3 seeds)"
-        )
+        axes.set_xlabel(f"{metric} (bar: mean, dots: seeds, whisker: 95 % interval if 3 seeds)")
         return _finish(figure, png)
 
 

@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from experiments.lab.expert_figures import EXPERIMENT as EXPERT_USE
+from experiments.lab.expert_figures import expert_figures
 from experiments.lab.figures import ReportFigure, build_figures
 from experiments.lab.plots import in_order, label, numbers
 from experiments.lab.runfiles import Row, RunFiles, read_run
@@ -107,7 +109,7 @@ def write_report(run_folder: Path) -> Path:
     """
     run = read_run(Path(run_folder))
     path = run.folder / "report.html"
-    write_text_atomic(path, page(run, build_figures(run)))
+    write_text_atomic(path, page(run, _drawn(run)))
     return path
 
 
@@ -122,7 +124,7 @@ def write_all(run_folder: Path) -> list[Path]:
     run = read_run(Path(run_folder))
     folder = run.folder / "figures"
     folder.mkdir(exist_ok=True)
-    figures = build_figures(run, png_folder=folder)
+    figures = _drawn(run, png_folder=folder)
     written = [run.folder / "report.html"]
     write_text_atomic(written[0], page(run, figures))
     if run.summary.get("arms") or not (run.folder / "table.md").exists():
@@ -132,6 +134,12 @@ def write_all(run_folder: Path) -> list[Path]:
         write_text_atomic(folder / f"{figure.name}.svg", figure.svg)
         written += [folder / f"{figure.name}.svg", folder / f"{figure.name}.png"]
     return written
+
+
+def _drawn(run: RunFiles, *, png_folder: Path | None = None) -> list[ReportFigure]:
+    # A look at one model has no arms and seeds, so its figures are of another kind.
+    looks = run.summary.get("experiment") == EXPERT_USE
+    return (expert_figures if looks else build_figures)(run, png_folder=png_folder)
 
 
 def page(run: RunFiles, figures: Sequence[ReportFigure]) -> str:

@@ -14,13 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.lab.expert_use import (
-    domain_divergence,
-    p_value,
-    row_counts,
-    shuffled_divergence,
-)
+from moe.chance import p_values
 from moe.record import RoutingTrace
+from moe.specialisation import domain_divergence, row_counts, shuffled_divergence
 from sft.adapt import is_adapted, merged
 
 PERMUTATIONS = 99
@@ -65,10 +61,7 @@ def domain_use(trace: RoutingTrace, domains: Sequence[str], *, seed: int) -> dic
     return {
         "domain_jsd": found_L.tolist(),
         "domain_jsd_by_chance": shuffled_PL.mean(dim=0).tolist(),
-        "domain_p": [
-            p_value(float(found), shuffled_PL[:, layer].tolist())
-            for layer, found in enumerate(found_L)
-        ],
+        "domain_p": p_values(found_L, shuffled_PL),
     }
 
 

@@ -155,6 +155,8 @@ def sentences(summary: Summary) -> list[str]:
         broken = (summary.get("degenerate") or {}).items()
         called_out = [f"{label(arm)} is DEGENERATE: {reason}." for arm, reason in broken]
         return [*(_sentence(row) for row in rows[:3]), *called_out]
+    if summary.get("answers"):
+        return list(summary["answers"])
     verdict = summary.get("verdict") or {}
     if verdict.get("word"):
         return [f"The verdict is {verdict['word']}."]

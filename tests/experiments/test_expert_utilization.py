@@ -1,7 +1,11 @@
 """Expert use of saved models on files: the numbers by hand, and what a run leaves and says."""
 
 import csv
+import io
 import json
+import shutil
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +14,12 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
-from experiments.expert_utilization import Config, main, model_names, run, spread
+from experiments.expert_utilization import Config, main, model_names, prepare, run, spread
 from experiments.lab import plots
+from experiments.lab.expert_figures import spread_over
+from experiments.lab.expert_summary import against, measures, neighbours
 from experiments.lab.expert_terminal import shade, show, sign
-from experiments.lab.expert_use import (
-    Text,
-    domain_divergence,
-    observe,
-    p_value,
-    shuffled_divergence,
-    specialised_tokens,
-)
+from experiments.lab.expert_use import Text, observe, specialised_tokens
 from experiments.lab.report import write_all
 from moe import MoEConfig, MoEForCausalLM, MoEForValue, MoEModel
 from moe.errors import UserError
@@ -61,6 +60,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ours = MoEConfig(vocab_size=len(tokenizer), **OURS)
     save("ours", MoEForCausalLM(ours))
     save("value", MoEForValue(ours))
+    top_1 = {"num_experts_per_tok": 1, "norm_topk_prob": False}
+    save("top_1", MoEForCausalLM(MoEConfig(vocab_size=len(tokenizer), **OURS | top_1)))
     save("moved", MoEForCausalLM(ours))
     save("six", MoEForCausalLM(MoEConfig(vocab_size=len(tokenizer), **OURS | {"num_experts": 6})))
     save("other_words", MoEForCausalLM(ours), train_bpe(LETTERS, vocab_size=270))
@@ -83,6 +84,38 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """A finished run: its folder, its summary and what it printed."""
+
+    folder: Path
+    summary: dict[str, Any]
+    printed: str
+
+
+def done(world: Path, model: str, data: str, **changes: Any) -> Done:
+    out = world / f"run-{model}-{data}"
+    console = Console(width=140, record=True, file=io.StringIO())
+    summary = run(configured(world, model, data, out, **changes))
+    show(summary, out / "run", console)
+    return Done(folder=out / "run", summary=summary, printed=console.export_text())
+
+
+@pytest.fixture(scope="module")
+def by_layer(world: Path) -> Done:
+    return done(world, "ours", "texts.jsonl", batch_size=5, permutations=19)
+
+
+@pytest.fixture(scope="module")
+def by_domain(world: Path) -> Done:
+    return done(world, "ours", "domains.jsonl", by="domain", against="moved", batch_size=7)
+
+
+@pytest.fixture(scope="module")
+def of_olmoe(world: Path) -> Done:
+    return done(world, "olmoe", "texts.jsonl", permutations=19)
+
+
 def configured(world: Path, model: str, data: str, out: Path, **changes: Any) -> Config:
     if "against" in changes:
         changes["against"] = str(world / changes["against"])
@@ -103,40 +136,7 @@ def without_timings(summary: dict[str, Any]) -> dict[str, Any]:
 
 def test_texts_are_taken_evenly_over_the_file() -> None:
     assert spread(3, 10) == [0, 1, 2] and spread(10, 4) == [0, 2, 5, 7]
-
-
-def test_disjoint_domains_diverge_by_one_bit_and_equal_ones_not_at_all() -> None:
-    apart = torch.tensor([[[4.0, 0.0]], [[2.0, 0.0]], [[0.0, 3.0]], [[0.0, 9.0]]])
-    labels_N = torch.tensor([0, 0, 1, 1])
-    assert domain_divergence(apart, labels_N, num_domains=2).tolist() == pytest.approx([1.0])
-    alike = torch.ones(4, 3, 5)
-    assert domain_divergence(alike, labels_N, num_domains=2).tolist() == pytest.approx([0.0] * 3)
-
-
-def test_the_divergence_is_the_mean_over_pairs_of_domains() -> None:
-    counts = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]])
-    labels_N = torch.tensor([0, 1, 2])
-    # One pair is equal, two pairs are disjoint.
-    assert domain_divergence(counts, labels_N, num_domains=3).item() == pytest.approx(2 / 3)
-
-
-def test_shufflings_keep_the_texts_whole_and_come_back_with_their_seed() -> None:
-    counts = torch.tensor([[[4.0, 0.0]], [[4.0, 0.0]], [[0.0, 4.0]], [[0.0, 4.0]]])
-    labels_N = torch.tensor([0, 0, 1, 1])
-    options = {"num_domains": 2, "permutations": 60}
-    first, again, other = (
-        shuffled_divergence(counts, labels_N, **options, seed=seed) for seed in (0, 0, 1)
-    )
-    assert first.shape == (60, 1) and torch.equal(first, again) and not torch.equal(first, other)
-    # Two texts against two: a third of the labelings is the true split, the rest mixes evenly.
-    assert {round(value, 6) for value in first.flatten().tolist()} == {0.0, 1.0}
-    assert 0.15 < (first > 0.5).double().mean() < 0.55
-
-
-def test_the_p_value_counts_the_observation_itself() -> None:
-    assert p_value(5.0, [1.0] * 99) == 0.01
-    assert p_value(5.0, [5.0, 9.0, 1.0]) == 0.75
-    assert p_value(0.0, [0.0] * 9) == 1.0
+    assert spread_over(3, 10) == [0, 1, 2] and spread_over(32, 4) == [0, 10, 21, 31]
 
 
 def test_the_most_specialised_tokens_by_hand() -> None:
@@ -196,24 +196,25 @@ def test_counts_per_text_add_up_to_the_whole_whatever_the_batch() -> None:
         Text(place="three", domain=None, pieces=((7, 8, 9, 10), (11,))),
     ]
     found = [
-        observe(decoder, texts, pad_id=0, batch_size=size, per_text=True, per_token=True)
-        for size in (1, 2, 9)
+        observe(decoder, texts, pad_id=0, batch_size=size, per_text=True) for size in (1, 2, 9)
     ]
     for observed in found:
         counts, token_T = observed.text_count_NLE, observed.token_T
-        assert counts is not None and token_T is not None and observed.expert_LTK is not None
+        assert counts is not None and observed.pairs is not None
         assert torch.equal(counts.sum(dim=0).double(), observed.stats.count_LE)
         assert counts.sum(dim=(1, 2)).tolist() == [5 * 4, 1 * 4, 5 * 4]  # tokens x L x K
         assert token_T.tolist() == list(range(1, 12))
         assert observed.expert_LTK.shape == (2, 11, 2)
+        assert observed.sequence_T.tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 4]  # by piece
+        assert torch.equal(observed.pairs.usage_LE * 11, observed.stats.count_LE)
         assert torch.equal(counts, found[0].text_count_NLE)  # type: ignore[arg-type]
 
 
 # --- runs ----------------------------------------------------------------------------------------
 
 
-def test_a_run_by_layer_leaves_the_routers_own_statistics(world: Path, tmp_path: Path) -> None:
-    summary = run(configured(world, "ours", "texts.jsonl", tmp_path, batch_size=5))
+def test_a_run_by_layer_leaves_the_routers_own_statistics(world: Path, by_layer: Done) -> None:
+    summary, folder = by_layer.summary, by_layer.folder
     tokenizer = train_bpe([*LETTERS, *DIGITS], vocab_size=300)
     model = MoEForCausalLM.from_pretrained(world / "ours")
     with torch.no_grad(), record_routing(model) as trace:
@@ -228,7 +229,6 @@ def test_a_run_by_layer_leaves_the_routers_own_statistics(world: Path, tmp_path:
     assert summary["num_tokens"] == int(stats.tokens_L[0]) and summary["num_texts"] == 24
     assert summary["shape"] == {"layers": 2, "experts": 4, "top_k": 2}
 
-    folder = tmp_path / "run"
     assert without_timings(json.loads((folder / "summary.json").read_text("utf-8"))) == (
         without_timings(summary)
     )
@@ -240,44 +240,86 @@ def test_a_run_by_layer_leaves_the_routers_own_statistics(world: Path, tmp_path:
     assert summary["schema"] == 1 and summary["status"] == "done" and "verdict" not in summary
 
 
+def test_a_run_counts_pairs_of_experts_and_neighbouring_tokens(by_layer: Done) -> None:
+    summary, folder, printed = by_layer.summary, by_layer.folder, by_layer.printed
+    pairs, repeated = summary["coactivation"], summary["repeats"]
+    for layer, share_EE in enumerate(pairs["conditional"]):
+        for row in share_EE:
+            assert sum(row) == pytest.approx(2.0, abs=1e-3)  # itself, and one of K - 1 = 1 others
+        rows = [r for r in table(folder / "coactivation.csv") if int(r["layer"]) == layer]
+        assert len(rows) == 4 * 3
+        # Every token has one pair, which stands in the table from both sides.
+        assert sum(int(r["tokens"]) for r in rows) == 2 * summary["num_tokens"]
+    assert pairs["uniform_null"] == pytest.approx(1 / 3)
+    assert all(pair["by_usage"] > 0 for layer in pairs["strongest"] for pair in layer)
+    assert repeated["num_pairs"] == summary["num_tokens"] - summary["num_pieces"]
+    assert [len(row) for row in repeated["first"]["shuffled"]] == [2] * 19
+    for kind in ("first", "first_or_second"):
+        found = repeated[kind]
+        assert all(0 <= value <= 1 for key in ("rate", "usage_null") for value in found[key])
+    rows = table(folder / "repeats.csv")
+    assert [(r["choices"], r["layer"]) for r in rows] == [
+        (kind, layer) for kind in ("first", "first_or_second") for layer in "01"
+    ]
+    assert "chosen together" in printed and "same expert for the next token" in printed
+    assert summary["answers"][0] in " ".join(printed.split())
+
+
+def test_a_top_1_router_has_no_pairs_and_one_that_takes_all_has_no_margin(
+    world: Path, tmp_path: Path
+) -> None:
+    one = run(configured(world, "top_1", "texts.jsonl", tmp_path, permutations=19))
+    assert "coactivation" not in one and "first_or_second" not in one["repeats"]
+    assert not (tmp_path / "run" / "coactivation.csv").exists()
+    every = MoEModel(MoEConfig(vocab_size=50, **OURS, num_experts_per_tok=4)).eval()
+    text = Text(place="one", domain=None, pieces=((1, 2, 3),))
+    found = measures(observe(every, [text], pad_id=0, batch_size=1).stats)
+    assert found["margin"] == found["tie_rate"] == [None, None]  # NaN is no JSON
+
+
+def test_texts_of_one_token_have_no_neighbours() -> None:
+    observed = observe(
+        MoEModel(MoEConfig(vocab_size=50, **OURS)).eval(),
+        [Text(place="one", domain=None, pieces=((1,), (2,)))],
+        pad_id=0,
+        batch_size=2,
+    )
+    assert neighbours(observed, permutations=19, seed=0) == {}
+
+
 def test_long_texts_are_cut_into_pieces_and_no_token_is_lost(world: Path, tmp_path: Path) -> None:
-    whole = run(configured(world, "ours", "texts.jsonl", tmp_path / "whole"))
-    cut = run(configured(world, "ours", "texts.jsonl", tmp_path / "cut", max_length=7))
-    assert whole["num_pieces"] == 24 < cut["num_pieces"]
-    assert whole["num_tokens"] == cut["num_tokens"]
+    whole = prepare(configured(world, "ours", "texts.jsonl", tmp_path)).texts
+    cut = prepare(configured(world, "ours", "texts.jsonl", tmp_path, max_length=7)).texts
+    assert all(len(text.pieces) == 1 for text in whole)
+    assert all(len(piece) <= 7 for text in cut for piece in text.pieces)
+    assert [[*chain(*text.pieces)] for text in cut] == [[*text.pieces[0]] for text in whole]
 
 
 def test_a_text_file_is_one_long_text(world: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("\n".join(LETTERS), encoding="utf-8")
-    summary = run(
-        Config(model=str(world / "ours"), data=tmp_path / "long.txt", out=tmp_path / "run")
-    )
-    assert summary["num_texts"] == 1 and summary["num_pieces"] > 1
+    (text,) = prepare(Config(model=str(world / "ours"), data=tmp_path / "long.txt")).texts
+    assert len(text.pieces) > 1
 
 
-def test_domains_of_different_words_are_told_from_shuffled_ones(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    summary = run(configured(world, "ours", "domains.jsonl", tmp_path, by="domain"))
+def test_domains_of_different_words_are_told_from_shuffled_ones(by_domain: Done) -> None:
+    summary, folder, printed = by_domain.summary, by_domain.folder, by_domain.printed
     domains = summary["domains"]
     assert domains["names"] == ["words", "numbers"] and domains["texts"] == [24, 24]
     assert summary["verdict"]["word"] == "DIFFERENT" and domains["mean_p_value"] == 0.01
     assert domains["mean_jsd_bits"] > 3 * domains["mean_jsd_bits_shuffled"]
-    rows = table(tmp_path / "run" / "domains.csv")
+    assert domains["joint_jsd_bits"] == pytest.approx(domains["jsd_bits"])  # two are one pair
+    rows = table(folder / "domains.csv")
     assert len(rows) == 2 * 2 * 4
     assert sum(float(row["share"]) for row in rows) == pytest.approx(4.0)
-    assert {p.name for p in (tmp_path / "run" / "figures").glob("*.png")} == {
+    assert {p.name for p in (folder / "figures").glob("*.png")} == {
         "experts.png",
+        "coactivation.png",
+        "repeats.png",
         "domains.png",
         "divergence.png",
+        "drift.png",
     }
-    printed = capsys.readouterr().out
     assert "words (24)" in printed and "verdict: DIFFERENT" in printed
-
-
-def test_labels_that_say_nothing_are_not_distinguished(world: Path, tmp_path: Path) -> None:
-    summary = run(configured(world, "ours", "mixed.jsonl", tmp_path, by="domain"))
-    assert summary["verdict"]["word"] == "NOT DISTINGUISHED"
 
 
 def test_by_token_names_tokens_and_their_experts(
@@ -292,45 +334,60 @@ def test_by_token_names_tokens_and_their_experts(
     bos = [row for row in summary["tokens"] if row["text"] == "<|bos|>" and row["layer"] == 0]
     assert [row["share"] for row in bos[:2]] == [1.0, 1.0] and bos[0]["count"] == 48
     assert all(row["count"] >= 4 for row in summary["tokens"])
-    assert "most specialised tokens" in capsys.readouterr().out
+    words = summary["vocabulary"]
+    assert words["p_value"] == [0.01, 0.01]  # these models have hardly more than the token to see
+    assert all(0 < x < 2 for x in words["jsd_bits"]) and words["tokens"] <= summary["num_tokens"]
+    assert len(table(tmp_path / "run" / "vocabulary.csv")) == 2
+    printed = capsys.readouterr().out
+    assert "most specialised tokens" in printed and "distinct tokens" in printed
 
 
-def test_a_model_has_not_drifted_from_itself_but_from_another(world: Path, tmp_path: Path) -> None:
-    same = run(configured(world, "ours", "texts.jsonl", tmp_path / "s", against="ours"))
-    assert same["drift"]["jaccard"] == pytest.approx([1.0, 1.0])
-    assert same["drift"]["jsd_bits"] == pytest.approx([0.0, 0.0], abs=1e-9)
-    moved = run(
-        configured(world, "ours", "texts.jsonl", tmp_path / "m", against="moved", batch_size=7)
-    )
-    assert list(moved["routing"]) == ["ours", "moved"]
-    assert all(0 < value < 0.9 for value in moved["drift"]["jaccard"])
-    assert all(value > 0.001 for value in moved["drift"]["jsd_bits"])
-    assert moved["drift"]["jaccard_by_chance_about"] == pytest.approx(1 / 3)
-    assert len(table(tmp_path / "m" / "run" / "drift.csv")) == 2
-    assert (tmp_path / "m" / "run" / "figures" / "drift.png").is_file()
+def test_a_model_has_not_drifted_from_itself_but_from_another(
+    world: Path, tmp_path: Path, by_domain: Done
+) -> None:
+    ready = prepare(configured(world, "ours", "texts.jsonl", tmp_path, against="ours"))
+    seen = observe(ready.decoder, ready.texts, pad_id=0, batch_size=9, against=ready.against)
+    same = against(seen, "ours")
+    assert same["jaccard"] == pytest.approx([1.0, 1.0])
+    assert same["jsd_bits"] == pytest.approx([0.0, 0.0], abs=1e-9)
+    assert same["saturation"] == [1.0, 1.0]
+    assert list(by_domain.summary["routing"]) == ["ours", "moved"]
+    moved = by_domain.summary["drift"]
+    assert all(0 < value < 0.9 for value in moved["jaccard"])
+    assert all(value > 0.001 for value in moved["jsd_bits"])
+    assert moved["jaccard_by_chance_about"] == pytest.approx(1 / 3)
+    assert moved["saturation_uniform_null"] == 0.5
+    # |A & B| / K = 2 J / (1 + J) for each token, so the shares lie above the Jaccard.
+    for shared, jaccard in zip(moved["saturation"], moved["jaccard"], strict=True):
+        assert jaccard < shared < 1
+    assert len(table(by_domain.folder / "drift.csv")) == 2
 
 
-@pytest.mark.parametrize("model", ["olmoe", "value"])
-def test_other_families_and_heads_are_recorded_too(world: Path, tmp_path: Path, model: str) -> None:
-    summary = run(configured(world, model, "texts.jsonl", tmp_path))
-    experts = 16 if model == "olmoe" else 4
-    assert summary["shape"]["experts"] == experts
-    for row in summary["routing"][model]["load_share"][0]:
-        assert sum(row) == pytest.approx(experts)
+def test_another_family_and_a_head_are_recorded_too(
+    world: Path, tmp_path: Path, of_olmoe: Done
+) -> None:
+    assert of_olmoe.summary["shape"]["experts"] == 16
+    for row in of_olmoe.summary["routing"]["olmoe"]["load_share"][0]:
+        assert sum(row) == pytest.approx(16)
+    ready = prepare(configured(world, "value", "texts.jsonl", tmp_path))
+    seen = observe(ready.decoder, ready.texts, pad_id=0, batch_size=9)
+    assert seen.stats.count_LE.shape == (2, 4)
 
 
 @pytest.mark.parametrize("data", ["turns.jsonl", "pairs.jsonl"])
 def test_instructions_and_pairs_are_read_as_the_model_would_see_them(
     world: Path, tmp_path: Path, data: str
 ) -> None:
-    summary = run(configured(world, "ours", data, tmp_path, template="alpaca", max_texts=5))
-    assert summary["num_texts"] == 5 and summary["num_tokens"] > 5 * 20
+    config = configured(world, "ours", data, tmp_path, template="alpaca", max_texts=5)
+    texts = prepare(config).texts
+    assert len(texts) == 5 and all(sum(map(len, text.pieces)) > 20 for text in texts)
 
 
 def test_a_runs_own_configuration_gives_the_same_summary(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = run(configured(world, "ours", "mixed.jsonl", tmp_path, by="domain", permutations=19))
+    assert first["verdict"]["word"] == "NOT DISTINGUISHED"  # its labels say nothing
     stored = tmp_path / "run" / "config.yaml"
     assert main(["--config", str(stored), "--out", str(tmp_path / "again")]) == 0
     again = json.loads((tmp_path / "again" / "summary.json").read_text(encoding="utf-8"))
@@ -338,16 +395,27 @@ def test_a_runs_own_configuration_gives_the_same_summary(
     capsys.readouterr()
 
 
-def test_the_report_can_be_made_from_the_files(world: Path, tmp_path: Path) -> None:
-    run(configured(world, "ours", "texts.jsonl", tmp_path))
-    report = write_all(tmp_path / "run")[0].read_text(encoding="utf-8")
-    assert "Load of each expert over its fair share" in report
+def test_the_report_can_be_made_from_the_files(tmp_path: Path, by_domain: Done) -> None:
+    folder = shutil.copytree(by_domain.folder, tmp_path / "run")
+    files = [folder / "report.html", folder / "table.md", *sorted(folder.glob("figures/*"))]
+    made = {path: path.read_bytes() for path in files}
+    for path in files:
+        path.unlink()
+    report = write_all(folder)[0].read_text(encoding="utf-8")
+    assert {path: path.read_bytes() for path in files} == made
+    for words in (
+        "Load of each expert over its fair share",
+        "Of the tokens that chose the row",
+        "Share of neighbouring tokens",
+        "labels shuffled over whole texts",
+        "ours against moved on the same tokens",
+    ):
+        assert words in report
 
 
-def test_many_experts_are_shown_by_signs_on_a_narrow_terminal(world: Path, tmp_path: Path) -> None:
-    summary = run(configured(world, "olmoe", "texts.jsonl", tmp_path))
+def test_many_experts_are_shown_by_signs_on_a_narrow_terminal(of_olmoe: Done) -> None:
     narrow = Console(width=60, record=True, force_terminal=False)
-    show(summary, tmp_path / "run", narrow)
+    show(of_olmoe.summary, of_olmoe.folder, narrow)
     text = narrow.export_text()
     line = next(line for line in text.splitlines() if line.startswith("layer 0 "))
     assert len(line.split(maxsplit=2)[2]) == 16 and set(line[8:]) <= set("x-=+#")

@@ -37,11 +37,16 @@ POINTS = {
     "best_of_n": [[{"step": 1, "kl": 0.5, "gold": 1.2, "proxy": None}]],
 }
 LOAD = {"sft": [[1.0, 0.0], [1.5, 0.5]], "ppo": [[0.05, 1.95], [1.0, 1.0]]}
+PAIRS = {"layer 0": [[1.0, 0.9, 0.0], [0.45, 1.0, 0.35], [0.0, 0.8, 1.0]]}
+NULLS: dict[str, list[list[float | None]]] = {
+    "layer 0": [[1.0, 0.3, 0.5], [0.45, 1.0, 0.7], [0.5, None, 1.0]]
+}
 FIGURES: dict[str, Callable[[Path | None], str]] = {
     "curves": lambda png: plots.learning_curves(ROWS, "train/loss", stage="dpo", png=png),
     "frontier": lambda png: plots.frontier(POINTS, png=png),
     "heat": lambda png: plots.heat_map(LOAD, title="seed 0", png=png),
     "drift": lambda png: plots.drift({"Jaccard": {"ppo": [[0.9, 0.8], [0.7, None]]}}, png=png),
+    "pairs": lambda png: plots.pair_maps(PAIRS, NULLS, title="seed 0", png=png),
     "minutes": lambda png: plots.stage_minutes({"sft": [60.0, 66.0], "rm": [None]}, png=png),
     "bars": lambda png: plots.bars({"sft": [1.0, 1.2, None], "dpo": [2.0]}, metric="m", png=png),
 }
@@ -143,6 +148,23 @@ def test_a_heat_map_paints_dead_experts_alone_in_the_dead_colour() -> None:
     assert painted(0.0) and painted(0.099)
     assert not painted(0.1) and not painted(4.0)
     assert plots.DEAD_SHARE == DEAD_SHARE
+
+
+def test_a_pair_map_writes_shares_and_colours_by_their_null() -> None:
+    svg = plots.pair_maps(PAIRS, NULLS)
+    # The diagonal and the pair without a null stay empty.
+    assert {text for text in texts(svg) if text.startswith("0.") or text == "0"} >= {
+        *("0.90", "0.45", "0.35"),
+    }
+    assert "0.80" not in texts(svg) and "1.00" not in texts(svg)
+    assert plots.DEAD.lower() not in svg  # two experts that never meet are not dead
+
+
+def test_pair_maps_of_many_experts_are_pictures_without_numbers() -> None:
+    many = {f"layer {layer}": [[0.5] * 64] * 64 for layer in range(3)}
+    svg = plots.pair_maps(many, many)
+    # Three maps and the colour bar.
+    assert svg.count("<image") == 4 and "0.50" not in texts(svg) and len(svg) < 200_000
 
 
 def test_a_large_heat_map_becomes_one_picture_and_stays_small() -> None:
