@@ -1,0 +1,312 @@
+"""What does a router of a mixture of experts go by: neighbours, domains, words; and how early?
+
+Question: in a small model trained on text of several domains, is the next token served by the same
+experts more often than the same tokens in another order would be, and more so in the middle layers;
+is the use of experts of the final model settled early, the first layer last; do domains use
+experts differently; and which experts go together?
+
+Published: the first choice repeats from one token to the next in 14 % of the cases in layer 0 and
+in 24-28 % and 20-26 % in layers 15 and 31, where chance gives 12.5 % (Jiang et al. 2024, Mixtral,
+Table 5), and domains show no obvious pattern there; up to about 60 % of the top 8 are settled after
+1 % of the training, later layers earlier, layer 0 slowest, and domains and vocabulary use experts
+differently (Muennighoff et al. 2025, OLMoE, section 5). From both models' published counts, the
+divergence between domains is 0.003-0.009 bits for Mixtral and 0.17-0.50 bits for OLMoE.
+
+Arms: initial and trained, the same model before and after: 4 layers of width 64, 8 experts of width
+64, two per token renormalised, balance loss 0.01, z-loss 0.001, on rows of 128 tokens of one domain
+each (Python source and language reference of the interpreter that runs, tales, lists, arithmetic;
+byte-level BPE of 1,024), no row twice. The learning rate was the best of four on a seed that is not
+reported. All measures are of the same held-out rows.
+
+Statistic: share of neighbouring tokens with the same first choice, or with common ones among the
+first two, less that expected of the same tokens in any other order within their row (exact) and
+beside that of independent tokens of the same use; Jensen-Shannon divergence of expert use between
+domains, mean over pairs, beside whole rows shuffled over the domains; between a token's identities,
+beside tokens shuffled within their rows; share of a token's final experts that it has at 1, 5, 10,
+25, 50 and 100 % of the training; P(j | i) for all pairs of a token's experts.
+
+Cost: about 7 minutes on 2 idle cores for 5 seeds (5 trainings of 600 steps).
+
+Verdict rule, fixed before the run: REPRODUCED if in every seed the first choice repeats in the
+middle layers more than in shuffled rows, by 3 points or more in the mean, and by more there than in
+layer 0; the settled share rises from mark to mark, is 0.2 or more above K / E at 10 % of the
+training, and is lowest in layer 0 there; and the divergence between domains is above the 99th
+percentile of the shufflings; NOT REPRODUCED if one of these is found the other way round in every
+seed or, by its threshold, in the mean; else INCONCLUSIVE.
+
+    python -m experiments.routing_analysis --seeds 0 1 2 [--scale laptop|debug] [--resume RUN]
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from experiments.lab.question import Options, Question, answer, command
+from experiments.lab.routing_text import MARKS, TextLab
+from sft.flags import main_guard
+
+EXPERIMENT = "routing_analysis"
+ASKS = (
+    "What does a router go by - neighbours, domains, words - beyond chance, how early is it "
+    "settled, and which experts go together?"
+)
+METRIC = "repeat_excess_middle"
+REPEATS = 0.03  # of neighbours, that the middle layers are to be above shuffled rows
+SETTLED = 0.2  # above K / E, at EARLY of the training
+EARLY = 0.1
+RULE = (
+    f"REPRODUCED if in every seed the first choice repeats {REPEATS * 100:g} points more in the "
+    "middle layers than in shuffled rows, and by more than in layer 0; the settled share rises "
+    f"from mark to mark, is {SETTLED:g} above K / E at {EARLY:.0%} of the training and lowest in "
+    "layer 0 there; and the divergence between domains is above the 99th percentile of the "
+    "shufflings; NOT REPRODUCED if one of these is found the other way round; else INCONCLUSIVE"
+)
+# By `python -m experiments.routing_analysis --tune`: the best of four rates on seed 9001.
+RATE = 3e-3
+
+
+def labs(options: Options, folder: Path) -> list[TextLab]:
+    return [
+        TextLab(experiment=EXPERIMENT, seed=seed, scale=options.scale, folder=folder, rate=RATE)
+        for seed in options.seeds
+    ]
+
+
+def train(lab: TextLab, job: str) -> None:
+    from experiments.lab.routing_text import train_job
+
+    train_job(lab, job)
+
+
+def judge(lab: TextLab, job: str) -> None:
+    from experiments.lab.routing_measures import judge_job
+
+    judge_job(lab, job)
+
+
+def plan(options: Options, folder: Path) -> list[Any]:
+    """Per seed a training, which keeps the marks, and then the judge, who reads them."""
+    from experiments.lab.grid import Job
+
+    jobs = []
+    for lab in labs(options, folder):
+        trained, judged = f"s{lab.seed} train", f"s{lab.seed} judge"
+        jobs.append(Job(name=trained, function=train, arguments=(lab, trained), weight=5.0))
+        jobs.append(Job(name=judged, function=judge, arguments=(lab, judged), after=(trained,)))
+    return jobs
+
+
+def gather(options: Options, folder: Path) -> dict[str, Any]:
+    """What is this experiment's own in summary.json."""
+    from experiments.lab.routing_measures import ARMS
+    from experiments.lab.rules import claims_of, verdict_of
+
+    judged = {arm: [lab.judged(arm) for lab in labs(options, folder)] for arm in ARMS}
+    routing = {
+        arm: {key: [held["routing"][key] for held in seeds] for key in seeds[0]["routing"]}
+        for arm, seeds in judged.items()
+    }
+    settled = [held["saturation"] for held in judged["trained"]]
+    deciding = conditions(routing["trained"], settled)
+    return {
+        "arms": {arm: arm_metrics(seeds) for arm, seeds in judged.items()},
+        "comparisons": [],
+        "routing": routing,
+        "saturation": settled,
+        "coactivation": {
+            arm: [held["coactivation"] for held in seeds] for arm, seeds in judged.items()
+        },
+        "learning_rate": RATE,
+        "verdict": verdict_of(deciding, rule=RULE, metric=METRIC),
+        "claims": claims_of([*deciding, *reported(routing)]),
+        "notes": notes(judged, settled),
+        "timings": {
+            name: {arm: [held["timings"][name] for held in seeds] for arm, seeds in judged.items()}
+            for name in ("seconds", "peak_mib")
+        },
+    }
+
+
+def middle(values: Sequence[float]) -> float:
+    """The mean over the layers that are neither first nor last."""
+    return fmean(values[1:-1])
+
+
+def excess(routing: Mapping[str, Any], name: str, *, seed: int) -> list[float]:
+    """Per layer, a rate less that expected of shuffled rows."""
+    pairs = zip(routing[name][seed], routing[f"{name}_shuffled"][seed], strict=True)
+    return [rate - shuffled for rate, shuffled in pairs]
+
+
+def arm_metrics(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Metric -> per seed, of one arm."""
+    found: dict[str, list[float]] = {}
+    for held in seeds:
+        routing = {key: [value] for key, value in held["routing"].items()}
+        first = excess(routing, "repeat_first", seed=0)
+        values = {
+            METRIC: middle(first),
+            "repeat_excess_layer_0": first[0],
+            "repeat_excess_first_two": middle(excess(routing, "repeat_first_two", seed=0)),
+            "repeat_first": fmean(held["routing"]["repeat_first"]),
+            "domain_jsd": fmean(held["routing"]["domain_jsd"]),
+            "domain_jsd_by_chance": fmean(held["routing"]["domain_jsd_by_chance"]),
+            "vocabulary_jsd": fmean(held["routing"]["vocabulary_jsd"]),
+            "vocabulary_jsd_by_chance": fmean(held["routing"]["vocabulary_jsd_by_chance"]),
+            "strongest_partner": fmean(held["routing"]["strongest_partner"]),
+            "max_vio": fmean(held["routing"]["max_vio"]),
+            "dead_experts": fmean(held["routing"]["dead_experts"]),
+            **held["metrics"],
+        }
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def conditions(routing: Mapping[str, Any], settled: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What decides the verdict, each from its gaps per seed. routing: of the trained arm."""
+    from experiments.lab.rules import Condition
+
+    first = [
+        excess(routing, "repeat_first", seed=seed) for seed in range(len(routing["repeat_first"]))
+    ]
+    early = [held["share"][MARKS.index(EARLY)] for held in settled]
+    mixtral = "27 % in layer 15, 14 % in layer 0, 12.5 % by chance (Jiang et al. 2024, Table 5)"
+    olmoe = "up to 60 % at 1 % of the training, layer 0 slowest (Muennighoff et al. 2025)"
+    return [
+        Condition(
+            claim=f"First choices repeat in the middle layers (over shuffled, {REPEATS:g})",
+            published=mixtral,
+            gaps=tuple(middle(layers) for layers in first),
+            sign=1,
+            threshold=REPEATS,
+        ),
+        Condition(
+            claim="They repeat more in the middle layers than in layer 0 (difference of excesses)",
+            published=mixtral,
+            gaps=tuple(middle(layers) - layers[0] for layers in first),
+            sign=1,
+        ),
+        Condition(
+            claim="The settled share rises from mark to mark (the smallest rise)",
+            published=olmoe,
+            gaps=tuple(smallest_rise(held["share"]) for held in settled),
+            sign=1,
+        ),
+        Condition(
+            claim=f"At {EARLY:.0%} of the training it is {SETTLED:g} above K / E",
+            published=olmoe,
+            gaps=tuple(
+                fmean(layers) - held["uniform"] - SETTLED
+                for layers, held in zip(early, settled, strict=True)
+            ),
+            sign=1,
+        ),
+        Condition(
+            claim="At that mark it is lowest in layer 0 (next lowest less that of layer 0)",
+            published=olmoe,
+            gaps=tuple(min(layers[1:]) - layers[0] for layers in early),
+            sign=1,
+        ),
+        Condition(
+            claim="Domains use experts differently (bits over the 99th percentile of shufflings)",
+            published="0.003-0.009 bits for Mixtral, 0.17-0.50 for OLMoE, from their counts",
+            gaps=beyond(routing, "domain_jsd"),
+            sign=1,
+        ),
+    ]
+
+
+def smallest_rise(share: Sequence[Sequence[float]]) -> float:
+    """Of the mean over layers, from the mark at 1 % to that at 100 %."""
+    means = [fmean(layers) for layers in share[1:]]
+    return min(after - before for before, after in zip(means, means[1:], strict=False))
+
+
+def beyond(routing: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    """Per seed, the mean over layers of a divergence less the high end of its shufflings."""
+    pairs = zip(routing[name], routing[f"{name}_high"], strict=True)
+    return tuple(fmean(found) - fmean(top) for found, top in pairs)
+
+
+def reported(routing: Mapping[str, Any]) -> list[Any]:
+    """What is told beside the verdict."""
+    from experiments.lab.rules import Condition, gaps
+
+    def mean(arm: str, name: str) -> list[float | None]:
+        return [fmean(layers) for layers in routing[arm][name]]
+
+    return [
+        Condition(
+            claim="Words use experts differently (bits over the 99th percentile of shufflings)",
+            published="strong in OLMoE, weaker in Mixtral (Muennighoff et al. 2025, section 5.4)",
+            gaps=beyond(routing["trained"], "vocabulary_jsd"),
+            sign=1,
+        ),
+        Condition(
+            claim="Training makes domains differ (divergence after less before, bits)",
+            published="-",
+            gaps=gaps(mean("trained", "domain_jsd"), mean("initial", "domain_jsd")),
+            sign=1,
+        ),
+        Condition(
+            claim="The strongest pair of experts is beyond their use (P(j | i) less by use)",
+            published="few strong pairs (Muennighoff et al. 2025, section 5.2)",
+            gaps=gaps(
+                mean("trained", "strongest_partner"), mean("trained", "strongest_partner_by_usage")
+            ),
+            sign=1,
+        ),
+    ]
+
+
+def notes(
+    judged: Mapping[str, Sequence[Mapping[str, Any]]], settled: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """What a reader must know beside the tables."""
+    held = judged["trained"]
+    by_mark = [
+        f"{mark:.0%} {fmean(fmean(found['share'][place]) for found in settled):.2f}"
+        for place, mark in enumerate(MARKS)
+    ]
+    by_layer = [
+        f"layer {layer} {fmean(found['share'][MARKS.index(EARLY)][layer] for found in settled):.2f}"
+        for layer in range(len(settled[0]["share"][0]))
+    ]
+    told = [
+        f"Held-out tokens (first seed): {held[0]['held_out_tokens']:,.0f}. A row is of one domain; "
+        "its texts follow each other, so neighbours and shufflings are those of a row.",
+        f"Settled share, mean over layers and seeds: {', '.join(by_mark)}; K / E is "
+        f"{settled[0]['uniform']:.2f}. At {EARLY:.0%}: {', '.join(by_layer)}.",
+        "The strongest partner is picked among all pairs, so some excess over use is selection.",
+    ]
+    for seeds in judged.values():
+        for found in seeds:
+            told += found["notes"]
+    return list(dict.fromkeys(told))
+
+
+def tune(folder: Path, options: Options) -> dict[str, Any]:
+    from experiments.lab.routing_measures import tune as tried
+
+    return tried(folder, experiment=EXPERIMENT, scale=options.scale, processes=options.processes)
+
+
+QUESTION = Question(name=EXPERIMENT, asks=ASKS, rule=RULE, plan=plan, gather=gather, tune=tune)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Run or resume the experiment; returns the summary."""
+    return answer(QUESTION, options)
+
+
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return command(QUESTION, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
