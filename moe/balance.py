@@ -107,6 +107,7 @@ def sequence_sum(routing: Routing) -> Tensor:
     f_s and P_s are of the N_s real tokens of one row of the batch (several texts packed into a row
     are one sequence). Over the number of tokens it is the mean over sequences, each weighted by its
     length: the paper's plain mean where lengths are equal, and the same for every split of a batch.
+    Under a selection bias f is of the choice that was made, the paper's of the unbiased top-k.
     Raises UserError for expert choice.
     """
     _refuse_balanced(routing)

@@ -26,7 +26,8 @@ from moe.config import MoEConfig
 from moe.errors import UserError
 from moe.gguf import find_gguf, load_gguf
 from moe.layouts import LAYOUTS, OWN, Layout, Piece, first_line, our_config, pieces, their_config
-from moe.model import MoEForCausalLM, assembled, meta_causal_lm
+from moe.model import MoEForCausalLM, assembled, meta_causal_lm, stored_tensors
+from moe.switch_ffn import SELECTION_BIAS
 from moe.tensor_files import INDEX, TensorFiles, inside, read_json
 from moe.upcycle import upcycle, write_receipt
 
@@ -63,7 +64,12 @@ def load(directory: str | Path, *, dtype: torch.dtype | None = torch.float32) ->
     files = TensorFiles(folder)
     plans = _checked_plans(files, layout, config)
     kept = dtype or files.common_dtype()
-    model = assembled(config, {name: _read(files, plan, kept) for name, plan in plans.items()})
+    tensors = {
+        # Exact whatever the weights are in: its steps would be lost in bfloat16.
+        name: _read(files, plan, torch.float32 if name.endswith(SELECTION_BIAS) else kept)
+        for name, plan in plans.items()
+    }
+    model = assembled(config, tensors)
     if config.tie_word_embeddings and HEAD in files.stored:
         _check_tied_head(files, model, kept)
     if inside(folder, GENERATION).is_file():
@@ -159,7 +165,7 @@ def _checked_plans(
     """How to fill each of our tensors, once every header agrees with the model."""
     plans: dict[str, _Plan] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, tensor in meta_causal_lm(config).named_parameters():
+    for name, tensor in stored_tensors(meta_causal_lm(config)).items():
         # transformers can also write its tensors as it holds them, experts stacked: as we do.
         if layout is None or name in files.stored:
             parts = [Piece(name=name)]

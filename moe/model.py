@@ -180,7 +180,8 @@ class MoEModel(MoEPreTrainedModel):
         forced_experts: Sequence[Tensor] | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """input_ids (B, S); attention_mask (B, past + S), 1 for real tokens, or a ready 4-D mask.
+        """input_ids (B, S); attention_mask (B, past + S), 1 for real tokens, or a ready 4-D mask,
+        which says nothing about padding: every token then counts as real to routers and records.
 
         sample_ids: int64 (B,), names of the rows in a recorded trace; default the row number. Of
         packed rows also (B, S), the name of each token's text.
@@ -411,13 +412,20 @@ def meta_causal_lm(config: MoEConfig) -> MoEForCausalLM:
         return MoEForCausalLM(config)
 
 
+def stored_tensors(model: MoEForCausalLM) -> dict[str, Tensor]:
+    """What a folder of the model holds, by name: each parameter once, and the selection biases."""
+    biases = {name: t for name, t in model.named_buffers() if name.endswith(SELECTION_BIAS)}
+    return dict(model.named_parameters()) | biases
+
+
 def assembled(config: MoEConfig, tensors: Mapping[str, Tensor]) -> MoEForCausalLM:
     """The model of these tensors, in eval mode; none is initialised only to be overwritten.
 
-    tensors: every parameter by name, in one dtype; a tied head counts as the embedding.
+    tensors: as `stored_tensors` names them, the parameters in one dtype, biases of selection in
+    float32; a tied head counts as the embedding.
     """
     model = meta_causal_lm(config)
-    names = dict(model.named_parameters()).keys()
+    names = stored_tensors(model).keys()
     assert names == tensors.keys(), sorted(names ^ tensors.keys())
     model.load_state_dict(dict(tensors), strict=False, assign=True)
     model.tie_weights()

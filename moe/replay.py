@@ -29,6 +29,7 @@ from moe.router_modules import (
     no_router,
     own_backbones,
 )
+from moe.scoring import TINY
 from moe.trace import RoutingTrace
 
 FREE = -1  # an expert id that leaves the choice to the router
@@ -272,5 +273,6 @@ def _force(
     expert_TK = torch.where(forced_TK == FREE, expert_TK, forced_TK)
     forced_weight_TK = torch.softmax(logits_TE.float(), dim=-1).gather(-1, expert_TK)
     if getattr(router, "norm_topk_prob", True):  # Mixtral has no such option, and always does
-        forced_weight_TK = forced_weight_TK / forced_weight_TK.sum(dim=-1, keepdim=True)
+        total_T1 = forced_weight_TK.sum(dim=-1, keepdim=True).clamp(min=TINY)
+        forced_weight_TK = forced_weight_TK / total_T1
     return logits_TE, forced_weight_TK.to(weight_TK.dtype), expert_TK

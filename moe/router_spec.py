@@ -195,6 +195,11 @@ class RouterSpec:
                         f"{name} {getattr(self, name)} has no effect with kind {self.kind!r}, "
                         "where tokens do not choose by score: leave it out."
                     )
+        if self.selection_bias and self.top_k == self.num_experts:
+            raise UserError(
+                f"selection_bias True has no effect with top_k {self.top_k} of num_experts "
+                f"{self.num_experts}: every token takes every expert, leave it out."
+            )
         if self.selection_bias and self.scoring == "softmax_chosen":
             raise UserError(
                 "selection_bias True goes with scores between 0 and 1, and scoring "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe.choices import paired_sets
+from moe.errors import UserError
 from moe.record import RoutingTrace
 
 
@@ -65,9 +66,15 @@ class Saturation:
 def saturation(checkpoint: RoutingTrace, final: RoutingTrace) -> Saturation:
     """Compare a checkpoint's recording with the final model's, token by token.
 
-    Raises ValueError unless both hold the same samples, tokens and number of layers and experts,
-    with equally many experts per token.
+    Raises UserError for expert choice, ValueError unless both hold the same samples, tokens and
+    number of layers and experts, with equally many experts per token.
     """
+    for trace in (checkpoint, final):
+        if any(r.balanced_by_construction for f in trace.forwards for r in f.routings):
+            raise UserError(
+                "saturation has no meaning for a router of kind 'expert_choice', whose tokens have "
+                "no fixed number of experts: compare the recordings by moe.stats.drift."
+            )
     top_k, final_top_k = _top_k(checkpoint), _top_k(final)
     if top_k != final_top_k:
         raise ValueError(

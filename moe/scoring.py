@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from moe.router_spec import RouterSpec
 
+TINY = torch.finfo(torch.float32).tiny
 SIGMOID_EPSILON = 1e-20  # Hugging Face's DeepSeek-V3 and GLM-4-MoE: all chosen scores may be 0
 
 
@@ -36,7 +37,8 @@ def softmax(logits: Tensor) -> Tensor:
 
 
 def _share(score_TK: Tensor) -> Tensor:
-    return score_TK / score_TK.sum(dim=-1, keepdim=True)
+    # A choice that is not by score can sum to 0 in float32; its weights are then 0, not NaN.
+    return score_TK / score_TK.sum(dim=-1, keepdim=True).clamp(min=TINY)
 
 
 def _share_of_sigmoids(score_TK: Tensor) -> Tensor:

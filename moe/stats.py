@@ -229,9 +229,11 @@ def _margin(routing: Routing, chosen_TE: Tensor) -> Tensor:
         return torch.zeros(3, dtype=torch.float64, device=routing.mask_T.device)
     lowest_T = routing.score_TE.masked_fill(~chosen_TE, math.inf).amin(dim=-1)
     highest_T = routing.score_TE.masked_fill(chosen_TE, -math.inf).amax(dim=-1)
-    margin_T = torch.where(routing.mask_T, (lowest_T - highest_T).double(), 0.0)
-    tied_T = routing.mask_T & (margin_T == 0)
-    return torch.stack([margin_T.sum(), tied_T.sum().double(), routing.mask_T.sum().double()])
+    margin_T = (lowest_T - highest_T).double()
+    known_T = routing.mask_T & ~margin_T.isnan()  # a trace of choices alone has no scores
+    margin_T = torch.where(known_T, margin_T, 0.0)
+    tied_T = known_T & (margin_T == 0)
+    return torch.stack([margin_T.sum(), tied_T.sum().double(), known_T.sum().double()])
 
 
 def _importance(routing: Routing) -> Tensor:
@@ -271,7 +273,9 @@ def drift(before: RoutingTrace, after: RoutingTrace) -> RoutingDrift:
     for chosen_LTE, other_LTE in paired_sets(before, after):
         both = (chosen_LTE & other_LTE).sum(dim=-1).double()
         either = (chosen_LTE | other_LTE).sum(dim=-1).double()
-        shared += (both / either).sum(dim=-1)
+        # Of expert choice a token may have no expert; two empty sets are alike.
+        same_LT = torch.where(either > 0, both / either.clamp(min=1), 1.0)
+        shared += same_LT.sum(dim=-1).cpu()
         tokens += chosen_LTE.shape[1]
     stats = RouterStats.from_trace(before), RouterStats.from_trace(after)
     return RoutingDrift(

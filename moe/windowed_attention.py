@@ -245,7 +245,8 @@ class _Rows:
         near_SC, bias = self._band(stop - start)
         near_SC, bias = near_SC[:, first - last :], bias[..., first - last :]
         if not self.changes or self.changes[first] == self.changes[last - 1]:
-            return bias
+            # Kernels of other devices load the bias in vectors, from an aligned beginning.
+            return bias if self.device.type == "cpu" else bias.contiguous()
         assert self.segment_BC is not None
         query_BS = self.segment_BC[:, self.offset + start : last]
         same_BSC = query_BS[:, :, None] == self.segment_BC[:, None, first:last]

@@ -88,9 +88,11 @@ class PPOTrainer(StageTrainer):
         if (ptx_rows is not None) != (ppo.ptx_coef > 0):
             raise UserError("ptx_rows and a ptx_coef above 0 go together: give both or neither.")
         models = [policy] if critic is None else [policy, critic]
-        refuse_batch_coupling(*models, allowed=allow_batch_dependent_routing)
         for spec in router_specs(policy):
             refuse_undecodable(spec)  # it is also sampled
+        scorer = getattr(reward, "model", None)
+        guarded = [*models, scorer] if isinstance(scorer, nn.Module) else models
+        refuse_batch_coupling(*guarded, allowed=allow_batch_dependent_routing)
         for model in models:
             disable_dropout(model)  # 13: dropout off in every model
         self.routing_flag = {FLAG: True} if allow_batch_dependent_routing else {}

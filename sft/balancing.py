@@ -25,6 +25,7 @@ from moe.balance import (
     update_selection_bias,
 )
 from moe.errors import UserError
+from moe.generation import router_specs
 from moe.routing import Routing
 from sft.adapt import is_adapted
 from sft.settings import BalancePolicy
@@ -50,7 +51,8 @@ class StepBalance:
     """Balances the routers of one model, one optimizer step after another.
 
     all_sum adds a tensor up over all processes. Raises UserError for a `bias_update_rate` where
-    there is no selection bias, or where adapters are trained, whose files do not hold it.
+    there is no selection bias, or where adapters are trained, whose files do not hold it, and for
+    losses where tokens do not choose by score.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class StepBalance:
     ) -> None:
         if policy.bias_update_rate:
             _check_selection_bias(policy, model)
+        if policy.on:
+            _check_losses(policy, model)
         self.policy = policy
         self.model = model
         self._all_sum = all_sum
@@ -72,7 +76,7 @@ class StepBalance:
 
     def needs_first_pass(self, num_micro_batches: int) -> bool:
         """Whether f must be known before the first of the step's micro-batches is charged."""
-        wide = self.policy.on and self.policy.scope == "optimizer_step"
+        wide = self.policy.load_balancing_coef > 0 and self.policy.scope == "optimizer_step"
         return wide and num_micro_batches > 1
 
     def begin_step(self, count_LE: Tensor | None = None) -> None:
@@ -181,6 +185,18 @@ def _check_selection_bias(policy: BalancePolicy, model: nn.Module) -> None:
             "nor a reference under the same base would follow it; train all weights, or set it "
             "to 0."
         )
+
+
+def _check_losses(policy: BalancePolicy, model: nn.Module) -> None:
+    for spec in router_specs(model):
+        if spec.kind == "expert_choice" or not (
+            spec.chooses_by_score or policy.load_balancing_coef == 0
+        ):
+            raise UserError(
+                f"a balance loss (load_balancing_coef {policy.load_balancing_coef:g}, z_loss_coef "
+                f"{policy.z_loss_coef:g}) cannot change what a router of kind {spec.kind!r} "
+                "chooses: set them to 0, or the scope to off."
+            )
 
 
 def _checkpoints_reentrantly(model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ Sizes are given for the whole optimizer step over all processes; what one proces
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -39,6 +39,10 @@ class BalancePolicy:
     bias_update_rate: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.scope not in get_args(BalanceScope):
+            raise UserError(
+                f"scope {self.scope!r} is unknown: give one of {', '.join(get_args(BalanceScope))}."
+            )
         for name in ("load_balancing_coef", "z_loss_coef", "bias_update_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} {getattr(self, name)} must be at least 0 and finite.")

@@ -776,3 +776,29 @@ def test_old_names_of_rotary_fields_are_understood(tmp_path: Path) -> None:
     ids = padded()["input_ids"][2:]
     with torch.no_grad():
         equal(load(tmp_path)(ids).logits, theirs(ids).logits)
+
+
+def test_our_own_folder_with_a_selection_bias_comes_back_with_the_bias_exact(
+    tmp_path: Path,
+) -> None:
+    config = MoEConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_experts=4,
+        scoring_func="sigmoid",
+        router_selection_bias=True,
+    )
+    model = MoEForCausalLM(config)
+    for layer in model.model.layers:
+        layer.mlp.gate.e_score_correction_bias += torch.tensor([0.001, -0.001, 1 / 3, 0.0])
+    model.save_pretrained(tmp_path / "own")
+    for dtype in (torch.float32, torch.bfloat16):
+        again = load(tmp_path / "own", dtype=dtype)
+        assert again.dtype == dtype
+        for old, new in zip(model.model.layers, again.model.layers, strict=True):
+            bias_E = new.mlp.gate.e_score_correction_bias
+            assert bias_E.dtype == torch.float32
+            assert torch.equal(bias_E, old.mlp.gate.e_score_correction_bias)

@@ -645,3 +645,15 @@ def test_what_cannot_be_or_changes_nothing_is_refused_in_one_sentence(
     message = str(caught.value)
     assert told in message, message
     assert "\n" not in message and message.endswith((".", ")."))
+
+
+def test_a_choice_against_extreme_scores_has_weights_of_zero_and_not_nan() -> None:
+    logits_TE = torch.tensor([[120.0, 0.0, 0.0, 0.0]])
+    forced_TK = torch.tensor([[2, 3]])
+    routing = route(logits_TE, RouterSpec(num_experts=4, top_k=2), forced_TK=forced_TK)
+    assert routing.weight_TK.tolist() == [[0.0, 0.0]]
+
+
+def test_a_selection_bias_is_refused_where_every_expert_is_chosen_anyway() -> None:
+    with pytest.raises(UserError, match="selection_bias True has no effect with top_k 4"):
+        RouterSpec(num_experts=4, top_k=4, scoring="sigmoid", selection_bias=True)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe.errors import UserError
 from moe.record import RecordedForward, RoutingTrace
 from moe.routing import RouterSpec, route
 from moe.saturation import saturation
+from moe.stats import drift
 
 
 def trace_of(expert_TK: list[list[int]] | Tensor, num_experts: int = 4) -> RoutingTrace:
@@ -65,3 +67,18 @@ def test_unlike_recordings_are_refused() -> None:
         saturation(trace_of([[0, 1]]), trace_of([[0, 1], [0, 1]]))
     with pytest.raises(ValueError, match="no token"):
         saturation(RoutingTrace(), RoutingTrace())
+
+
+def test_expert_choice_is_refused_and_its_drift_from_itself_is_none() -> None:
+    spec = RouterSpec(num_experts=4, top_k=1, kind="expert_choice", normalize_weights=False)
+    routing = route(torch.zeros(6, 4), spec)  # ties: all experts take the first tokens
+    forward = RecordedForward(
+        sample_ids=torch.tensor([0]),
+        mask_BS=torch.ones(1, 6, dtype=torch.bool),
+        routings=(routing,),
+    )
+    trace = RoutingTrace(forwards=[forward])
+    assert not routing.kept_TK.any(dim=-1).all()  # some token is taken by nobody
+    with pytest.raises(UserError, match="no fixed number of experts"):
+        saturation(trace, trace)
+    assert drift(trace, trace).jaccard_L.tolist() == [1.0]

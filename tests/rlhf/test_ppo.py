@@ -499,14 +499,23 @@ def test_optimisation_settings_of_another_size_are_refused(tmp_path: Path) -> No
             ppo_trainer(tmp_path, **changes)
 
 
-@pytest.mark.parametrize("part", ["policy", "critic"])
-def test_a_router_with_capacity_is_refused(tmp_path: Path, part: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "sentence"),
+    [
+        ("policy", "capacity_factor 1.0 cannot generate"),
+        ("critic", "capacity_factor 1.0 makes a token's log-probability"),
+        ("reward", "capacity_factor 1.0 makes a token's log-probability"),
+    ],
+)
+def test_a_router_with_capacity_is_refused(tmp_path: Path, part: str, sentence: str) -> None:
     limited: dict[str, Any] = {"capacity_factor": 1.0}
     models: dict[str, Any] = {
         "policy": tiny_lm(**(limited if part == "policy" else {})),
         "critic": critic_of(**(limited if part == "critic" else {})),
     }
-    with pytest.raises(UserError, match="capacity_factor 1.0 makes a token's log-probability"):
+    if part == "reward":
+        models["reward"] = ModelReward(model=critic_of(**limited))
+    with pytest.raises(UserError, match=sentence):
         ppo_trainer(tmp_path, **models)
 
 

@@ -487,3 +487,34 @@ def test_a_balance_option_without_effect_is_an_error(
 ) -> None:
     assert main(quick(tmp_path, *flags)) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_an_unknown_scope_and_a_loss_that_can_move_no_choice_are_refused() -> None:
+    with pytest.raises(UserError, match="scope 'optimiser_step' is unknown"):
+        BalancePolicy(scope="optimiser_step")  # type: ignore[arg-type]
+    config = MoEConfig(
+        vocab_size=16,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_experts=4,
+        router_kind="hash",
+        load_balancing_coef=0.0,
+    )
+    model = MoEForCausalLM(config)
+    with pytest.raises(UserError, match="cannot change what a router of kind 'hash' chooses"):
+        StepBalance(BalancePolicy(load_balancing_coef=0.01), model, all_sum=lambda x: x)
+    StepBalance(BalancePolicy(z_loss_coef=0.01), model, all_sum=lambda x: x)
+
+
+def test_the_z_loss_alone_needs_no_first_pass() -> None:
+    policies = {
+        coef: BalancePolicy(scope="optimizer_step", load_balancing_coef=coef, z_loss_coef=1)
+        for coef in (0.0, 0.1)
+    }
+    passes = {
+        coef: StepBalance(policy, biased_lm(), all_sum=lambda x: x).needs_first_pass(2)
+        for coef, policy in policies.items()
+    }
+    assert passes == {0.0: False, 0.1: True}
