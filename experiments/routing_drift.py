@@ -11,8 +11,8 @@ al. 2025, section 5.3), and up to 60 % of the top-8 experts are settled after 1 
 (Muennighoff et al. 2024).
 
 Arms: sft (from base), rm, dpo, ppo (each from sft) in the world tales, with the settings of
-`compare`; each stage a second time from the same start with another seed (data order, drawn
-prompts, samples, fresh heads).
+`compare`; each stage a second time from the same start with another seed (SFT's examples, the
+split and order of the pairs, PPO's prompts, samples and fresh heads are drawn anew).
 
 Cost: about 20 minutes on 2 cores for 5 seeds.
 
@@ -127,6 +127,8 @@ def measure_job(config: Config, folder: Path, number: int) -> None:
     from experiments.lab.drift_seed import measure_seed
 
     seed = _seed(config, folder, number, f"s{number} measure")
+    if all((seed.arm_folder(stage) / MEASURED).is_file() for stage in STAGES):
+        return
     for stage, found in measure_seed(seed, STAGES):
         write_json_atomic(seed.arm_folder(stage) / MEASURED, found)
 

@@ -1,8 +1,7 @@
 """How far a stage moved the routing of fixed texts, and which experts serve the preferred answers.
 
 The decision to know: change is one number for every kind of model, the share of a token's chosen
-experts that are others (1 - Jaccard), while KL needs two language models and is not told of a
-reward model.
+experts that are others, while KL needs two language models and is not told of a reward model.
 
 Shapes: L MoE layers, E experts, N pairs, P permutations, T tokens, V vocabulary.
 """
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from moe.counters import stream
 from moe.record import RoutingTrace, record_routing
-from moe.stats import drift, jensen_shannon_bits
+from moe.saturation import saturation
+from moe.stats import jensen_shannon_bits
 from sft.rows import SupervisedCollator, SupervisedRow
 from sft.text import pad_batch
 
@@ -25,8 +25,8 @@ ROWS = 32  # of one forward pass
 
 
 def change_L(before: RoutingTrace, after: RoutingTrace) -> list[float]:
-    """Per layer, 1 - mean over tokens of |A & B| / |A | B| of the top-k sets; 0 is no change."""
-    return (1 - drift(before, after).jaccard_L).tolist()
+    """Per layer, 1 - mean over tokens of |A & B| / K of the two top-k sets; 0 is no change."""
+    return (1 - saturation(before, after).share_L).tolist()
 
 
 @torch.no_grad()

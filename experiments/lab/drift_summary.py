@@ -70,13 +70,16 @@ def gather(folder: Path, *, seeds: Sequence[int], identity: Mapping[str, Any]) -
             "metric": METRIC,
         },
         "claims": [],
-        "world": {"sentences": [*sentences, *preferred_sentences(routing)]},
+        "answers": [*sentences, *preferred_sentences(routing)],
         "notes": [
-            *sentences,
-            *preferred_sentences(routing),
-            "Routing change is 1 - Jaccard of a token's chosen experts, mean over tokens and "
-            "layers, on the same held-out texts: answers as SFT writes them, and pretraining text.",
-            "A reseeded arm is the change between two trainings of its stage from one start.",
+            "Routing change is the share of a token's chosen experts that are others, mean over "
+            "tokens and layers, on the same held-out texts: answers as SFT writes them, and "
+            "pretraining text.",
+            "A reseeded arm is the change between two trainings of its stage from one start. The "
+            "second SFT draws its examples anew, reward model and DPO split the same pairs anew, "
+            "PPO draws its prompts anew against the same reward model: the four are no common "
+            "measure of chance.",
+            "In comparisons BETTER means further.",
             "token_kl is KL from the stage's start per token of those texts; kl_sequence from SFT "
             "per sampled answer. A reward model has no next token, so it has neither.",
         ],
@@ -146,6 +149,6 @@ def preferred_sentences(routing: Mapping[str, Mapping[str, Any]]) -> list[str]:
         told.append(
             f"Chosen against rejected answers under {label(stage)}: divergence of expert use "
             f"{sum(jsd) / count:.1e} bits, by chance {sum(chance) / count:.1e}; p <= 0.05 in "
-            f"{sure} of {count} layers and seeds."
+            f"{sure} of {count} layers and seeds, {0.05 * count:.0f} by chance."
         )
     return told

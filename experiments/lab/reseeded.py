@@ -1,8 +1,8 @@
 """A stage trained once more from the same start with another seed: what chance alone moves.
 
 The decision to know: the second training begins from copies of the first one's inputs (base model,
-SFT model, pairs, reward model) in a folder of its own, and only data order, drawn prompts, samples
-and fresh heads are others.
+SFT model, pairs, reward model) in a folder of its own. What the seed draws is drawn anew: SFT's
+examples, the split and the order of the pairs, PPO's prompts, samples and fresh heads.
 """
 
 import os

@@ -147,6 +147,8 @@ def sentences(summary: Summary) -> list[str]:
 
     Then one for each arm whose gain comes with broken text, where the run looked for that.
     """
+    if summary.get("answers"):
+        return list(summary["answers"])
     metric, base = main_metric(summary), baseline(summary)
     rows = [row for row in summary.get("comparisons") or () if row["metric"] == metric]
     known = {arm: place for place, arm in enumerate(ANSWERED_FIRST)}
@@ -155,8 +157,6 @@ def sentences(summary: Summary) -> list[str]:
         broken = (summary.get("degenerate") or {}).items()
         called_out = [f"{label(arm)} is DEGENERATE: {reason}." for arm, reason in broken]
         return [*(_sentence(row) for row in rows[:3]), *called_out]
-    if summary.get("answers"):
-        return list(summary["answers"])
     verdict = summary.get("verdict") or {}
     if verdict.get("word"):
         return [f"The verdict is {verdict['word']}."]

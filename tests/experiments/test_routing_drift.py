@@ -32,8 +32,8 @@ def test_change_counts_the_experts_that_were_replaced() -> None:
     one_replaced = trace([[3.0, 1.0, 2.0, 0.0], [3.0, 2.0, 1.0, 0.0]])
     all_replaced = trace([[0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]])
     assert change_L(before, before) == [0.0]
-    # One of two experts in one of two tokens: Jaccard 1/3 and 1, change (2/3 + 0) / 2.
-    assert change_L(before, one_replaced) == pytest.approx([1 / 3])
+    # One of two experts in one of two tokens.
+    assert change_L(before, one_replaced) == pytest.approx([1 / 4])
     assert change_L(before, all_replaced) == [1.0]
 
 
