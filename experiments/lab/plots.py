@@ -600,7 +600,7 @@ def bars(
             axes.plot(values, [y] * len(values), "o", ms=4, color=color, alpha=0.75, mew=0)
         _named_rows(axes, [label(arm) for arm in arms])
         axes.axvline(0, color="#444444", lw=0.8)
-        axes.set_xlabel(f"{metric} (bar: mean, dots: seeds, whisker: 95 % interval if 3 seeds)")
+        axes.set_xlabel(f"{metric} (bar: mean, dots: seeds, whisker: 95 % interval)")
         return _finish(figure, png)
 
 
