@@ -16,10 +16,10 @@ F/8, weighed by raw probability; shared: g2 with one of its 16 experts passed by
 without training, shared_dropped, which has no shared expert, and shared_replaced, which chooses a
 second routed one in its place. Equal in total and active expert parameters; the router grows with
 the number of experts, and its share of the FLOPs is told. Balance loss 0.01, z-loss 0.001,
-dropless. World, pairing and learning rates as in `moe_vs_dense`: each trained arm a family with the
-same four rates on a seed that is not reported.
+dropless. World, pairing and learning rates as in `moe_vs_dense`: each trained arm a family (not
+tuned yet: all have 3e-3).
 
-Cost: about 6 minutes on 2 idle cores for 5 seeds (25 trainings of 400 steps).
+Cost: an estimate, about 6 minutes on 2 idle cores for 5 seeds (25 trainings of 400 steps).
 
 Verdict rule, fixed before the run: REPRODUCED if g2 is below g1 in every seed, by 0.03 nats or more
 in the mean, and the fits of the law have g > 0 and y > 0 in 95 % or more of 200 resamplings of the
@@ -57,7 +57,7 @@ RULE = (
     f"shared_replaced is above shared in every seed, by {SURGERY:g} nats or more in the mean; NOT "
     "REPRODUCED if one of these is found the other way round; else INCONCLUSIVE"
 )
-# By `python -m experiments.granularity_shared --tune`: the same four rates for each, on seed 9001.
+# Not tuned yet: `--tune` tries four rates on seed 9001, and comes before any reported seed.
 RATES: Mapping[str, float] = {"g1": 3e-3, "g2": 3e-3, "g4": 3e-3, "g8": 3e-3, "shared": 3e-3}
 GRANULARITY: Mapping[str, int] = {"g1": 1, "g2": 2, "g4": 4, "g8": 8}
 SHARED = "shared"

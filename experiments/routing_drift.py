@@ -14,7 +14,7 @@ Arms: sft (from base), rm, dpo, ppo (each from sft) in the world tales, with the
 `compare`; each stage a second time from the same start with another seed (SFT's examples, the
 split and order of the pairs, PPO's prompts, samples and fresh heads are drawn anew).
 
-Cost: about 20 minutes on 2 cores for 5 seeds.
+Cost: an estimate, about 20 minutes on 2 cores for 5 seeds.
 
 Verdict rule, fixed before the run: a stage MOVED the routing if its change from its start is above
 the change between its two trainings (95 % interval of the paired seed differences above 0). Two

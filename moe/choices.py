@@ -45,12 +45,15 @@ class TokenChoices:
 def token_choices(trace: RoutingTrace) -> TokenChoices:
     """Every real token's choice, in main memory.
 
-    Raises ValueError for an empty trace, and for expert choice, where a token has no K choices.
+    Raises ValueError for an empty trace, for expert choice, where a token has no K choices, and for
+    packed rows or passes that go on from a cache, whose rows are not texts.
     """
     if not trace.forwards:
         raise ValueError("the trace is empty: run the model inside record_routing")
     experts, sequences, rows = [], [], 0
     for forward in trace.forwards:
+        _refuse_packed(forward)
+        _refuse_continued(forward)
         experts.append(chosen_experts(forward))
         batch, length = forward.mask_BS.shape
         row_BS = repeat(torch.arange(rows, rows + batch), "b -> b s", s=length)
@@ -78,7 +81,8 @@ def paired_sets(before: RoutingTrace, after: RoutingTrace) -> Iterator[tuple[Ten
     """Per row of both recordings, the two tables of chosen experts, bool (L, T, E).
 
     Rows are matched by sample id and occurrence, so batches may be cut and padded differently.
-    Raises ValueError unless both hold the same samples, tokens and number of layers and experts.
+    Raises ValueError unless both hold the same samples, tokens and number of layers and experts,
+    and for packed rows.
     """
     if (before.num_layers, before.num_experts) != (after.num_layers, after.num_experts):
         raise ValueError(
@@ -99,6 +103,7 @@ def _sets(trace: RoutingTrace) -> dict[tuple[int, int], Tensor]:
     rows: dict[tuple[int, int], Tensor] = {}
     seen: dict[int, int] = {}
     for forward in trace.forwards:
+        _refuse_packed(forward)
         chosen_LTE = torch.stack([chosen_table(r) for r in forward.routings])
         batch, length = forward.mask_BS.shape
         by_row = chosen_LTE.unflatten(1, (batch, length))
@@ -106,3 +111,21 @@ def _sets(trace: RoutingTrace) -> dict[tuple[int, int], Tensor]:
             rows[sample, seen.get(sample, 0)] = by_row[:, row, forward.mask_BS[row]]
             seen[sample] = seen.get(sample, 0) + 1
     return rows
+
+
+def _refuse_packed(forward: RecordedForward) -> None:
+    if forward.sample_ids.dim() > 1:
+        raise ValueError(
+            "the recording has packed rows (sample_ids of each token): record each text in a row"
+        )
+
+
+def _refuse_continued(forward: RecordedForward) -> None:
+    if forward.token_BS is None:
+        return
+    begun_B = ((forward.token_BS == 0) & forward.mask_BS).any(dim=1)
+    if bool((forward.mask_BS.any(dim=1) & ~begun_B).any()):
+        raise ValueError(
+            "the recording has passes that go on from a cache, where neighbours lie in two passes: "
+            "record whole texts in one pass"
+        )

@@ -130,7 +130,9 @@ def command(question: Question, argv: Sequence[str] | None = None) -> int:
     if options.tune:
         if "seeds" in given:
             raise UserError("--seeds has no effect with --tune, which runs its own: leave it out.")
-        folder = options.out or Path("results") / question.name / "tuning"
+        # Trials of two scales in one folder would be taken for each other's.
+        name = "tuning" if options.scale == "laptop" else f"tuning-{options.scale}"
+        folder = options.out or Path("results") / question.name / name
         print(json.dumps(question.tune(folder, options), indent=1))
         return 0
     if options.resume is not None:

@@ -171,8 +171,9 @@ def published_verdict(
 
     REPRODUCED: every seed has the published sign and the mean gap reaches `threshold` (>= 0, in
     the metric's units). NOT REPRODUCED: every seed has the opposite sign, or the mean gap reaches
-    the threshold in the opposite direction. INCONCLUSIVE: all else, and fewer than three seeds,
-    whichever way they point. A difference of exactly zero has neither sign.
+    the threshold in the opposite direction; a threshold of 0 has no such clause, since the mean of
+    pure noise is on either side. INCONCLUSIVE: all else, and fewer than three seeds, whichever way
+    they point. A difference of exactly zero has neither sign.
     """
     if published_sign not in (-1, 1):
         raise UserError(f"published_sign is {published_sign}; it is +1 or -1.")
@@ -190,6 +191,6 @@ def published_verdict(
     mean = fmean(gaps)
     if all(gap > 0 for gap in gaps) and mean >= threshold:
         return "REPRODUCED"
-    if all(gap < 0 for gap in gaps) or (mean < 0 and -mean >= threshold):
+    if all(gap < 0 for gap in gaps) or 0 < threshold <= -mean:
         return "NOT REPRODUCED"
     return "INCONCLUSIVE"

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments.__main__ import FIELDS, experiments, index, listing
+from experiments.__main__ import FIELDS, Entry, experiments, index, listing
 
 
 @pytest.mark.parametrize("entry", experiments(), ids=lambda entry: entry.name)
-def test_every_experiment_names_question_published_arms_cost_and_rule(entry) -> None:  # type: ignore[no-untyped-def]
+def test_every_experiment_names_question_published_arms_cost_and_rule(entry: Entry) -> None:
     assert entry.title.endswith("?")
     for field in FIELDS:
         assert entry.parts.get(field), f"{entry.name}: no '{field}:' in its docstring"

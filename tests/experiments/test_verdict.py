@@ -153,6 +153,8 @@ def test_unpaired_lengths_and_bad_margins_are_named() -> None:
         ([0.5, None, 0.5], +1, 0.1, "INCONCLUSIVE"),
         ([0.5, None, 0.5, 0.5], +1, 0.1, "REPRODUCED"),
         ([0.0, 0.0, 0.0], +1, 0.0, "INCONCLUSIVE"),
+        ([0.1, -0.9, -0.9], +1, 0.0, "INCONCLUSIVE"),  # the sign alone asks every seed
+        ([-0.1, -0.9, -0.9], +1, 0.0, "NOT REPRODUCED"),
     ],
 )
 def test_published_verdict_follows_its_rule(

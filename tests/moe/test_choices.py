@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from moe.choices import chosen_table, token_choices
+from moe.choices import chosen_table, paired_sets, token_choices
 from moe.record import RecordedForward, RoutingTrace
 from moe.routing import RouterSpec, route
 
@@ -43,3 +44,24 @@ def test_expert_choice_has_sets_of_tokens_but_no_k_experts_of_a_token() -> None:
     forward = RecordedForward(sample_ids=torch.arange(1), mask_BS=mask_T[None], routings=(routing,))
     with pytest.raises(ValueError, match="expert choice"):
         token_choices(RoutingTrace(forwards=[forward]))
+
+
+def test_packed_rows_and_passes_on_a_cache_are_refused_where_rows_are_taken_for_texts() -> None:
+    routing = route(torch.zeros(3, 4), RouterSpec(num_experts=4, top_k=2))
+    mask_BS = torch.ones(1, 3, dtype=torch.bool)
+
+    def trace(sample_ids: Tensor, token_BS: Tensor) -> RoutingTrace:
+        forward = RecordedForward(
+            sample_ids=sample_ids, mask_BS=mask_BS, routings=(routing,), token_BS=token_BS
+        )
+        return RoutingTrace(forwards=[forward])
+
+    whole = trace(torch.tensor([0]), torch.tensor([[0, 1, 2]]))
+    assert token_choices(whole).sequence_T.tolist() == [0, 0, 0]
+    packed = trace(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 0]]))
+    with pytest.raises(ValueError, match="packed rows"):
+        token_choices(packed)
+    with pytest.raises(ValueError, match="packed rows"):
+        list(paired_sets(packed, packed))
+    with pytest.raises(ValueError, match="go on from a cache"):
+        token_choices(trace(torch.tensor([0]), torch.tensor([[3, 4, 5]])))
