@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.errors import UserError
-from moe.routing import Routing
+from moe.routing import Routing, chosen_table
 from moe.switch_ffn import SwitchFFN
 
 
@@ -42,15 +42,9 @@ class BalanceSums:
         )
 
 
-def _chosen(routing: Routing) -> Tensor:
-    """How often each real token chose each expert, before dropping, int64 (T, E); 0 on padding."""
-    chosen_TE = torch.nn.functional.one_hot(routing.expert_TK, routing.num_experts).sum(dim=1)
-    return chosen_TE * routing.mask_T[:, None]
-
-
 def expert_counts(routing: Routing) -> Tensor:
     """Assignments per expert (E,) of the real tokens, before dropping, float32."""
-    return _chosen(routing).sum(dim=0).float()
+    return chosen_table(routing).sum(dim=0).float()
 
 
 def load_fractions(count_LE: Tensor) -> Tensor:
@@ -111,7 +105,7 @@ def sequence_sum(routing: Routing) -> Tensor:
     Raises UserError for expert choice.
     """
     _refuse_balanced(routing)
-    chosen_TE = _chosen(routing)
+    chosen_TE = chosen_table(routing).long()
     # At most T sequences; their true number would cost a wait for the device.
     count_SE = torch.zeros_like(chosen_TE).index_add(0, routing.sequence_T, chosen_TE)
     fraction_TE = load_fractions(count_SE.float())[routing.sequence_T]

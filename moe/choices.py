@@ -14,27 +14,16 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from moe.record import RecordedForward, RoutingTrace
-from moe.routing import Routing
-
-
-def chosen_table(routing: Routing) -> Tensor:
-    """Who chose whom before dropping, bool (T, E), all False on padding; waits for no device.
-
-    Of expert choice, which drops nothing, the tokens that the experts took.
-    """
-    if routing.balanced_by_construction:
-        return routing.kept_TK & routing.mask_T[:, None]
-    real_TK = routing.mask_T[:, None].expand_as(routing.expert_TK)
-    expert_TK = torch.where(real_TK, routing.expert_TK, 0)  # padding may hold any number
-    return torch.zeros_like(routing.score_TE, dtype=torch.bool).scatter(1, expert_TK, real_TK)
+from moe.routing import chosen_table
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenChoices:
     """The choices of the real tokens of a trace, pass by pass, row by row, first token first.
 
-    expert_LTK: int16, best first. sequence_T: int64, the row a token stands in; rows are numbered
-    through all passes, so that two tokens are neighbours where they follow each other and share it.
+    expert_LTK: int16, best first. sequence_T: int64, the text a token stands in: its row, of packed
+    rows its sample's part of the row. Texts are numbered through all passes, so that two tokens are
+    neighbours where they follow each other and share it.
     """
 
     expert_LTK: Tensor
@@ -46,19 +35,17 @@ def token_choices(trace: RoutingTrace) -> TokenChoices:
     """Every real token's choice, in main memory.
 
     Raises ValueError for an empty trace, for expert choice, where a token has no K choices, and for
-    packed rows or passes that go on from a cache, whose rows are not texts.
+    passes that go on from a cache, which hold no whole text.
     """
     if not trace.forwards:
         raise ValueError("the trace is empty: run the model inside record_routing")
-    experts, sequences, rows = [], [], 0
+    experts, sequences, texts = [], [], 0
     for forward in trace.forwards:
-        _refuse_packed(forward)
         _refuse_continued(forward)
         experts.append(chosen_experts(forward))
-        batch, length = forward.mask_BS.shape
-        row_BS = repeat(torch.arange(rows, rows + batch), "b -> b s", s=length)
-        sequences.append(row_BS[forward.mask_BS.cpu()])
-        rows += batch
+        text_T, sample_N = _texts(forward)
+        sequences.append(texts + text_T.cpu())
+        texts += len(sample_N)
     return TokenChoices(
         expert_LTK=torch.cat(experts, dim=1),
         sequence_T=torch.cat(sequences),
@@ -78,11 +65,11 @@ def chosen_experts(forward: RecordedForward) -> Tensor:
 
 
 def paired_sets(before: RoutingTrace, after: RoutingTrace) -> Iterator[tuple[Tensor, Tensor]]:
-    """Per row of both recordings, the two tables of chosen experts, bool (L, T, E).
+    """Per text of both recordings, the two tables of chosen experts, bool (L, T, E).
 
-    Rows are matched by sample id and occurrence, so batches may be cut and padded differently.
-    Raises ValueError unless both hold the same samples, tokens and number of layers and experts,
-    and for packed rows.
+    A text is a row, of packed rows a sample's part of one. Texts are matched by sample id and
+    occurrence, so batches may be cut, padded and packed differently.
+    Raises ValueError unless both hold the same samples, tokens and number of layers and experts.
     """
     if (before.num_layers, before.num_experts) != (after.num_layers, after.num_experts):
         raise ValueError(
@@ -100,31 +87,40 @@ def paired_sets(before: RoutingTrace, after: RoutingTrace) -> Iterator[tuple[Ten
 
 def _sets(trace: RoutingTrace) -> dict[tuple[int, int], Tensor]:
     """(sample id, occurrence) -> chosen experts, bool (L, T, E)."""
-    rows: dict[tuple[int, int], Tensor] = {}
+    texts: dict[tuple[int, int], Tensor] = {}
     seen: dict[int, int] = {}
     for forward in trace.forwards:
-        _refuse_packed(forward)
         chosen_LTE = torch.stack([chosen_table(r) for r in forward.routings])
-        batch, length = forward.mask_BS.shape
-        by_row = chosen_LTE.unflatten(1, (batch, length))
-        for row, sample in enumerate(forward.sample_ids.tolist()):
-            rows[sample, seen.get(sample, 0)] = by_row[:, row, forward.mask_BS[row]]
+        real_LTE = chosen_LTE[:, rearrange(forward.mask_BS, "b s -> (b s)")]
+        text_T, sample_N = _texts(forward)
+        length_N = text_T.bincount(minlength=len(sample_N))
+        parts = real_LTE.split(length_N.tolist(), dim=1)
+        for sample, part_LTE in zip(sample_N.tolist(), parts, strict=True):
+            texts[sample, seen.get(sample, 0)] = part_LTE
             seen[sample] = seen.get(sample, 0) + 1
-    return rows
+    return texts
 
 
-def _refuse_packed(forward: RecordedForward) -> None:
-    if forward.sample_ids.dim() > 1:
-        raise ValueError(
-            "the recording has packed rows (sample_ids of each token): record each text in a row"
-        )
+def _texts(forward: RecordedForward) -> tuple[Tensor, Tensor]:
+    """The text (T,) of each real token, numbered within the pass, and each text's sample id (N,).
+
+    A row is a text, even one of padding alone; of packed rows each run of one id is, as it is where
+    tokens are numbered (`moe.pass_keys.token_numbers`).
+    """
+    mask_BS = forward.mask_BS
+    if forward.sample_ids.dim() == 1:
+        batch, length = mask_BS.shape
+        row_BS = repeat(torch.arange(batch, device=mask_BS.device), "b -> b s", s=length)
+        return row_BS[mask_BS], forward.sample_ids
+    starts_T = forward.keys().token_BS[mask_BS] == 0
+    return starts_T.cumsum(dim=0) - 1, forward.sample_ids[mask_BS][starts_T]
 
 
 def _refuse_continued(forward: RecordedForward) -> None:
     if forward.token_BS is None:
         return
-    begun_B = ((forward.token_BS == 0) & forward.mask_BS).any(dim=1)
-    if bool((forward.mask_BS.any(dim=1) & ~begun_B).any()):
+    begun_BS = ((forward.token_BS == 0) & forward.mask_BS).cumsum(dim=1) > 0
+    if bool((forward.mask_BS & ~begun_BS).any()):
         raise ValueError(
             "the recording has passes that go on from a cache, where neighbours lie in two passes: "
             "record whole texts in one pass"

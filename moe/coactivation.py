@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.choices import chosen_table
 from moe.record import RoutingTrace
-from moe.routing import Routing
+from moe.routing import Routing, chosen_table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,18 @@ class Routing:
         return self.expert_TK.shape[-1]
 
 
+def chosen_table(routing: Routing) -> Tensor:
+    """Who chose whom before dropping, bool (T, E), all False on padding; waits for no device.
+
+    Of expert choice, which drops nothing, the tokens that the experts took.
+    """
+    if routing.balanced_by_construction:
+        return routing.kept_TK & routing.mask_T[:, None]
+    real_TK = routing.mask_T[:, None].expand_as(routing.expert_TK)
+    expert_TK = torch.where(real_TK, routing.expert_TK, 0)  # padding may hold any number
+    return torch.zeros_like(routing.score_TE, dtype=torch.bool).scatter(1, expert_TK, real_TK)
+
+
 def route(
     logits_TE: Tensor,
     spec: RouterSpec,

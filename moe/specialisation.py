@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from moe.chance import order_within, p_values
-from moe.choices import chosen_table
 from moe.counters import permutation
 from moe.record import RecordedForward
+from moe.routing import chosen_table
 from moe.stats import jensen_shannon_bits
 
 PURPOSE = "expert_use"

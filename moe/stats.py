@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from moe.choices import chosen_table, paired_sets
+from moe.choices import paired_sets
 from moe.record import RoutingTrace
-from moe.routing import Routing
+from moe.routing import Routing, chosen_table
 
 DEAD_SHARE = 0.1  # an expert with less than a tenth of its fair share counts as dead
 

@@ -132,8 +132,11 @@ class SwitchFFN(nn.Module):
         seen_TD = x_TD
         if self.training and self.spec.jitter_noise:
             seen_TD = jittered(x_TD, self.spec.jitter_noise, generator=noise)
+        # The router sees to float32 itself; what an adapter puts beside it follows autocast.
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            logits_TE = self.gate(seen_TD)
         routing = route(
-            self.gate(seen_TD),
+            logits_TE,
             self.spec,
             mask_T=None if mask_BS is None else rearrange(mask_BS, "b s -> (b s)"),
             sequence_T=repeat(torch.arange(batch, device=x_BSD.device), "b -> (b s)", s=length),

@@ -35,6 +35,15 @@ class FrozenCopy:
         yield self.model
 
 
+class NoReference:
+    """In a reference's place where nothing is measured from one; lends nothing."""
+
+    @contextmanager
+    def lend(self) -> Iterator[nn.Module]:
+        raise ValueError("this method has no reference to lend: its loss needs none")
+        yield  # a generator, as the other forms are
+
+
 def beside_the_policy(reference: Reference) -> Mapping[str, nn.Module]:
     """The reference where it is a model of its own, which the policy's checkpoint does not hold.
 
@@ -44,7 +53,10 @@ def beside_the_policy(reference: Reference) -> Mapping[str, nn.Module]:
 
 
 class FrozenAdapter:
-    """The shared base under another adapter; None for the base with its adapters off."""
+    """The shared base under another adapter; None for the base with its adapters off.
+
+    It is lent in eval mode, as a frozen copy is: no dropout and no router noise, and nothing drawn.
+    """
 
     def __init__(self, model: nn.Module, adapter: str | None) -> None:
         if not is_adapted(model):
@@ -54,5 +66,11 @@ class FrozenAdapter:
 
     @contextmanager
     def lend(self) -> Iterator[nn.Module]:
-        with active_adapter(self.model, self.adapter):
-            yield self.model
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            with active_adapter(self.model, self.adapter):
+                yield self.model
+        finally:
+            for module, was_training in modes.items():
+                module.training = was_training

@@ -422,14 +422,7 @@ class StageTrainer(Trainer):
             held = torch.tensor([value], device=self.args.device)
             metrics[name] = float(self.accelerator.gather(held).max())
         if stats is not None:
-            reduced = RouterStats(
-                **{
-                    name: self._all_sum(value.to(self.args.device)).cpu()
-                    for name, value in asdict(stats).items()
-                    if name != "top_k"
-                },
-                top_k=stats.top_k,
-            )
+            reduced = stats.summed(lambda sums: self._all_sum(sums.to(self.args.device)))
             metrics.update(
                 {
                     name: value

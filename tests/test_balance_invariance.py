@@ -8,7 +8,6 @@ before the optimizer sees them. The tolerance is of float32 sums in another orde
 import gc
 import os
 import random
-import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -112,11 +111,12 @@ def named(found: Iterable[tuple[str, int, Found]]) -> Found:
     return {f"{name}/{m}/{k}": v for name, m, held in found for k, v in held.items()}
 
 
-def one_of_two(rank: int, port: int, folder: str) -> None:
+def one_of_two(rank: int, folder: str) -> None:
     """Every policy on this process's share of the rows; rank 0 writes what it found."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)  # a port could be another's by now
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     gc.freeze()  # every training ends with a full collection
     found = named((n, m, measure(n, m, Path(folder))) for n in POLICIES for m in SHARED)
     if rank == 0:
@@ -128,10 +128,7 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
 def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Found]]:
     """policy -> split ("8x1", "2x2", ...) -> what the routers got."""
     folder = tmp_path_factory.mktemp("splits")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    torch.multiprocessing.spawn(one_of_two, args=(port, str(folder)), nprocs=2)
+    torch.multiprocessing.spawn(one_of_two, args=(str(folder),), nprocs=2)
     two = load_file(folder / "two.safetensors")
     table: dict[str, dict[str, Found]] = {}
     for name in POLICIES:

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,12 +48,6 @@ LORA_DPO = (*DPO, "--lora-rank", "2")
 WORDS = "the cat dog sat ran red blue home tree sun moon sang saw big small".split()
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def complete(flags: tuple[str, ...]) -> list[str]:
     """With what all commands share; a resumed run has everything from its folder."""
     if "--resume" in flags:
@@ -80,7 +73,7 @@ class Place:
             [
                 *(sys.executable, "-m", "accelerate.commands.launch"),
                 *("--config_file", str(ACCELERATE / "ddp_cpu.yaml")),
-                *("--num_processes", "2", "--main_process_port", str(free_port())),
+                *("--num_processes", "2", "--main_process_port", "0"),  # a free one
                 *("-m", module, *complete(flags)),
             ],
             cwd=self.folder,
@@ -235,13 +228,11 @@ def test_one_process_does_not_go_on_for_two_unless_told(
         torch.testing.assert_close(alone[name], tensor, rtol=0, atol=TOLERANCE)
 
 
-def shard_and_step(rank: int, port: int, report: str) -> None:
+def shard_and_step(rank: int, folder: str) -> None:
     """One process: a sharded and a whole copy make the same step; rank 0 writes what differs."""
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
-    )
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)  # a port could be another's by now
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -278,14 +269,13 @@ def shard_and_step(rank: int, port: int, report: str) -> None:
         difference = (part.full_tensor() - parameter).detach().abs().max()
         differences[name] = float(difference)
     if rank == 0:
-        Path(report).write_text(json.dumps(differences), encoding="utf-8")
+        (Path(folder) / "differences.json").write_text(json.dumps(differences), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 
 def test_fully_sharded_model_makes_the_step_of_the_whole_one(tmp_path: Path) -> None:
-    report = tmp_path / "differences.json"
-    torch.multiprocessing.spawn(shard_and_step, args=(free_port(), str(report)), nprocs=2)
-    differences = json.loads(report.read_text(encoding="utf-8"))
+    torch.multiprocessing.spawn(shard_and_step, args=(str(tmp_path),), nprocs=2)
+    differences = json.loads((tmp_path / "differences.json").read_text(encoding="utf-8"))
     assert "model.layers.1.mlp.experts.gate_up_proj" in differences
     assert max(differences.values()) <= TOLERANCE, differences
 

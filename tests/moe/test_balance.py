@@ -16,6 +16,7 @@ from moe.balance import (
     load_fractions,
     mean_over_layers,
     sequence_balance_loss,
+    sequence_sum,
     update_selection_bias,
     z_loss,
     z_value,
@@ -98,6 +99,17 @@ def test_padding_is_left_out_even_when_it_is_nan() -> None:
     for loss in (load_balancing_loss, z_loss):
         torch.testing.assert_close(loss(with_padding), loss(alone))
     assert balance_sums(with_padding).num_tokens == 4
+
+
+def test_the_experts_of_padding_are_not_read_and_those_of_others_counted_one_by_one() -> None:
+    mask_T = torch.tensor([True, True, False, True])
+    routing = routed(random_logits(4, 5), 2, mask_T=mask_T)
+    broken = replace(routing, expert_TK=routing.expert_TK.index_fill(0, torch.tensor([2]), -1))
+    naive = [0.0] * 5
+    for expert in routing.expert_TK[mask_T].flatten().tolist():
+        naive[expert] += 1
+    assert expert_counts(broken).tolist() == naive
+    assert torch.equal(sequence_sum(broken), sequence_sum(routing))
 
 
 def test_no_token_at_all_costs_nothing() -> None:

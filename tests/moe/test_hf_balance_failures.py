@@ -8,7 +8,6 @@ split changes is the loss's scale alone; what a split changes otherwise is test_
 
 import json
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,17 +177,12 @@ def test_accumulation_does_not_multiply_the_balance_loss(
 # --- 3. times the processes
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def measure_in_one_of_two(rank: int, port: int, folder: str) -> None:
+def measure_in_one_of_two(rank: int, folder: str) -> None:
     """One process: four rows of the eight; rank 0 writes the gradients (DDP has averaged them)."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)  # a port could be another's by now
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     found = {
         make.__name__: balance_gradient(make, Path(folder), micro=ROWS // 2, steps=1).tolist()
         for make in (theirs, ours)
@@ -199,7 +193,7 @@ def measure_in_one_of_two(rank: int, port: int, folder: str) -> None:
 
 
 def test_processes_do_not_multiply_the_balance_loss(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(measure_in_one_of_two, args=(free_port(), str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(measure_in_one_of_two, args=(str(tmp_path),), nprocs=2)
     two = json.loads((tmp_path / "two.json").read_text(encoding="utf-8"))
     factors = {}
     for make in (theirs, ours):

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -338,13 +336,11 @@ def test_the_sums_of_all_processes_travel_as_one_vector() -> None:
     assert torch.equal(doubled.count_LE, 2 * stats.count_LE)
 
 
-def sum_over_processes(rank: int, port: int, report: str) -> None:
+def sum_over_processes(rank: int, folder: str) -> None:
     """One process: its share of the rows is counted and summed; rank 0 writes the metrics."""
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
-    )
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)  # a port could be another's by now
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
 
     def all_sum(value: Tensor) -> Tensor:
         torch.distributed.all_reduce(value)
@@ -353,7 +349,7 @@ def sum_over_processes(rank: int, port: int, report: str) -> None:
     rows = slice(0, 5) if rank == 0 else slice(5, 12)
     metrics = stats_of(*(routed(x[rows]) for x in whole_batch())).summed(all_sum).to_metrics()
     if rank == 0:
-        Path(report).write_text(json.dumps(metrics), encoding="utf-8")
+        (Path(folder) / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 
@@ -362,15 +358,8 @@ def whole_batch() -> tuple[Tensor, Tensor]:
 
 
 def test_two_processes_give_the_metrics_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    report = tmp_path / "metrics.json"
-    # Forked: what is imported here is not imported twice more, and nothing runs backward.
-    torch.multiprocessing.start_processes(
-        sum_over_processes, args=(port, str(report)), nprocs=2, start_method="fork"
-    )
-    together = json.loads(report.read_text(encoding="utf-8"))
+    torch.multiprocessing.spawn(sum_over_processes, args=(str(tmp_path),), nprocs=2)
+    together = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert together == pytest.approx(stats_of(*(routed(x) for x in whole_batch())).to_metrics())
 
 

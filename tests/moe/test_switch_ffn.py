@@ -210,6 +210,32 @@ def test_an_adapter_on_the_router_leaves_the_selection_bias_in_force() -> None:
     assert (ffn(normal(1, 4, 16))[1].expert_TK[:, 0] == 5).all()
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_autocast_leaves_the_routers_scores_in_float32_under_an_adapter_too(adapted: bool) -> None:
+    from sft.adapt import LoraSpec, add_lora
+
+    torch.manual_seed(0)
+    model: Any = MoEForCausalLM(MoEConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1))
+    ffn = model.model.layers[0].mlp
+    if adapted:
+        add_lora(model, LoraSpec(rank=2, alpha=4, targets=("router",)))
+        assert type(ffn.gate) is not Router
+        for i, parameter in enumerate(ffn.gate.parameters()):
+            parameter.data.copy_(normal(*parameter.shape, seed=i))  # B is 0 at the start
+    x_BSD = normal(2, 5, 16)
+    plain = ffn(x_BSD)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = ffn(x_BSD)[1]
+        assert ffn.shared_expert is None and (x_BSD @ x_BSD.mT).dtype == torch.bfloat16
+    assert mixed.logits_TE.dtype == torch.float32
+    assert torch.equal(mixed.logits_TE, plain.logits_TE)
+    grads = [
+        torch.autograd.grad(r.logits_TE.square().sum(), list(ffn.gate.parameters())[-1])[0]
+        for r in (plain, mixed)
+    ]
+    assert torch.equal(*grads) and grads[0].abs().sum() > 0
+
+
 @pytest.mark.parametrize("how", ["bfloat16", "half", "to"])
 def test_casting_the_model_leaves_the_selection_bias_exact(how: str) -> None:
     ffn = make_ffn(BIASED)

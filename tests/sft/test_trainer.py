@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from moe import MoEConfig, MoEForCausalLM
 from moe.balance import load_balancing_loss, z_loss
 from moe.errors import UserError
 from moe.record import record_routing
+from moe.stats import RouterStats
 from sft.adapt import LoraSpec, add_lora
 from sft.checkpoint import MANIFEST, checkpoints, live_tensors, read_checkpoint
 from sft.loss import LossOutput
@@ -508,6 +510,33 @@ def test_router_metrics_are_there_for_experts_and_absent_without(tmp_path: Path)
     )
     assert not [name for name in dense.state.log_history[0] if name.startswith("router/")]
     assert not dense.balance.on
+
+
+class OfThree(SFTTrainer):
+    """As if three processes had all seen the same; what is added up is noted."""
+
+    def _all_sum(self, value: Tensor) -> Tensor:
+        self.added = [*getattr(self, "added", []), value.clone()]
+        return 3 * value
+
+
+def test_router_statistics_of_all_processes_are_added_up_as_one_vector(tmp_path: Path) -> None:
+    rows = some_rows(8)
+    made = trainer(tiny_lm(), tmp_path, kind=OfThree, rows=rows, max_steps=1, micro_batch_size=4)
+    made.fit()
+    assert isinstance(made, OfThree)
+    model = tiny_lm()
+    with record_routing(model) as trace, torch.no_grad():
+        for row in rows:
+            model(input_ids=torch.tensor([row["input_ids"]]))
+    stats = RouterStats.from_trace(trace)
+    sums = torch.cat([getattr(stats, f.name).flatten() for f in fields(stats) if f.name != "top_k"])
+    # Other batches, so other sums of float32; what is counted is the same.
+    torch.testing.assert_close(made.added[-1], sums, rtol=1e-5, atol=1e-5)
+    whole = stats.merge(stats).merge(stats).to_metrics()
+    found = {name: value for name, value in made.state.log_history[0].items() if name in whole}
+    assert {"router/load_entropy", "router/max_vio_floor", "router/margin"} <= set(found)
+    assert found == pytest.approx({name: whole[name] for name in found}, rel=1e-5, abs=1e-6)
 
 
 def test_steps_are_counted_logged_and_reported(tmp_path: Path) -> None:
