@@ -158,13 +158,15 @@ def encode_texts(examples: Examples, text_path: TextPath, *, max_length: int) ->
 
 
 def _ids(row: Example, text_path: TextPath) -> list[int]:
-    from sft.examples import Document, Preference
+    from sft.examples import Document, Preference, Unpaired
     from sft.text import Message
 
     if isinstance(row, Document):
         return text_path.encode_document(row.text)
     if isinstance(row, Preference):
         conversation = (*row.prompt, Message("assistant", row.chosen))
+    elif isinstance(row, Unpaired):
+        conversation = (*row.prompt, Message("assistant", row.completion))
     else:
         conversation = row.conversation
     return text_path.encode(conversation).input_ids

@@ -11,8 +11,9 @@ al. 2025, section 5.3), and up to 60 % of the top-8 experts are settled after 1 
 (Muennighoff et al. 2024).
 
 Arms: sft (from base), rm, dpo, ppo (each from sft) in the world tales, with the settings of
-`compare`; each stage a second time from the same start with another seed (SFT's examples, the
-split and order of the pairs, PPO's prompts, samples and fresh heads are drawn anew).
+`compare`; each stage a second time from the same start with another seed: SFT with other examples
+in another order, reward model and DPO with another split and order of the same pairs (the reward
+model's head begins anew too), PPO with other prompts and samples under the same reward model.
 
 Cost: an estimate, about 20 minutes on 2 cores for 5 seeds.
 
@@ -23,76 +24,40 @@ common direction. The verdict is MOVED if every stage moved, NOT DISTINGUISHED i
 PARTLY.
 """
 
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from experiments.lab.drift_summary import EXPERIMENT, MEASURED, QUESTION, RULE, STAGES, gather
-from sft.flags import main_guard, parse
-from sft.run import Run, write_json_atomic
-
-STATE_KEYS = ("out", "resume", "overwrite", "processes", "mirror")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Options of the experiment."""
-
-    seeds: tuple[int, ...] = field(default=(0, 1, 2), metadata={"help": "seeds, paired over arms"})
-    scale: Literal["laptop", "debug"] = field(
-        default="laptop", metadata={"help": "laptop: minutes; debug: seconds"}
-    )
-    processes: int = field(default=2, metadata={"help": "jobs at a time, one thread each"})
-    mirror: Literal["wandb", "none"] = field(
-        default="wandb", metadata={"help": "wandb: mirror the metrics (offline without a key)"}
-    )
-    out: Path | None = field(default=None, metadata={"help": "folder of the run"})
-    overwrite: bool = field(default=False, metadata={"help": "empty --out first"})
-    resume: Path | None = field(default=None, metadata={"help": "continue this run's folder"})
-
-    def __post_init__(self) -> None:
-        from moe.errors import UserError
-
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise UserError(f"--seeds {list(self.seeds)}: give each seed once, at least one.")
-        if self.processes < 1:
-            raise UserError(f"--processes {self.processes} must be at least 1.")
-        if self.resume is not None and (self.out is not None or self.overwrite):
-            raise UserError("--resume names the run's folder: leave out --out and --overwrite.")
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What decides the result."""
-        return {key: value for key, value in asdict(self).items() if key not in STATE_KEYS}
-
+from experiments.lab.drift_summary import ASKS, EXPERIMENT, MEASURED, RULE, STAGES, gather
+from experiments.lab.question import Options, Question, answer, command, mirror_of
+from sft.flags import main_guard
+from sft.run import write_json_atomic
 
 # Jobs: each runs in a worker process and leaves its result on disk.
 
 
-def _seed(config: Config, folder: Path, number: int, job: str) -> Any:
+def _seed(options: Options, folder: Path, number: int, job: str) -> Any:
     from experiments.lab.grid import report
     from experiments.lab.seed import Seed
     from experiments.lab.worlds import WorldOptions, open_world
 
     return Seed(
         seed=number,
-        world=open_world(WorldOptions(name="tales", scale=config.scale)),
+        world=open_world(WorldOptions(name="tales", scale=options.scale)),
         folder=folder / "stages" / f"s{number}",
         arms=folder,
         experiment=EXPERIMENT,
-        mirror=config.mirror == "wandb",
+        mirror=mirror_of(options) == "wandb",
         progress=lambda stage, step, total: report(job, stage, step, total),
     )
 
 
-def stage_job(config: Config, folder: Path, number: int, stage: str) -> None:
+def stage_job(options: Options, folder: Path, number: int, stage: str) -> None:
     """Train a stage; the first also makes the base model."""
     from experiments.lab import stages
 
-    seed = _seed(config, folder, number, f"s{number} {stage}")
+    seed = _seed(options, folder, number, f"s{number} {stage}")
     if stage == "sft" and not seed.is_done("base"):
         stages.make_base(seed)
     if stage == "rm":
@@ -100,11 +65,11 @@ def stage_job(config: Config, folder: Path, number: int, stage: str) -> None:
     _train(seed, stage)
 
 
-def again_job(config: Config, folder: Path, number: int, stage: str) -> None:
+def again_job(options: Options, folder: Path, number: int, stage: str) -> None:
     """The same stage from the same start with another seed."""
     from experiments.lab.reseeded import reseeded
 
-    _train(reseeded(_seed(config, folder, number, f"s{number} {stage} again"), stage), stage)
+    _train(reseeded(_seed(options, folder, number, f"s{number} {stage} again"), stage), stage)
 
 
 def _train(seed: Any, stage: str) -> None:
@@ -122,30 +87,30 @@ def _train(seed: Any, stage: str) -> None:
         stages.train_ppo(seed, seed.tuned.ppo)
 
 
-def measure_job(config: Config, folder: Path, number: int) -> None:
+def measure_job(options: Options, folder: Path, number: int) -> None:
     """What the trained stages did to the routing; leaves `<stage>-s<seed>/measured.json`."""
     from experiments.lab.drift_seed import measure_seed
 
-    seed = _seed(config, folder, number, f"s{number} measure")
+    seed = _seed(options, folder, number, f"s{number} measure")
     if all((seed.arm_folder(stage) / MEASURED).is_file() for stage in STAGES):
         return
     for stage, found in measure_seed(seed, STAGES):
         write_json_atomic(seed.arm_folder(stage) / MEASURED, found)
 
 
-def plan(config: Config, folder: Path) -> list[Any]:
+def plan(options: Options, folder: Path) -> list[Any]:
     """The grid of a run, in the order in which it should start."""
     from experiments.lab.grid import Job
 
     jobs = []
-    for seed in config.seeds:
+    for seed in options.seeds:
         before = {"sft": (), "rm": ("sft",), "dpo": ("rm",), "ppo": ("rm",)}
         weights = {"sft": 1.2, "rm": 0.6, "dpo": 0.4, "ppo": 0.9}
         names = []
         for stage in STAGES:
             name = f"s{seed} {stage}"
             after = tuple(f"s{seed} {other}" for other in before[stage])
-            arguments = (config, folder, seed, stage)
+            arguments = (options, folder, seed, stage)
             weight = weights[stage]
             jobs.append(
                 Job(name=name, function=stage_job, arguments=arguments, after=after, weight=weight)
@@ -158,7 +123,7 @@ def plan(config: Config, folder: Path) -> list[Any]:
                 Job(
                     name=name,
                     function=again_job,
-                    arguments=(config, folder, seed, stage),
+                    arguments=(options, folder, seed, stage),
                     after=(first,),
                     weight=min(weights[stage], 0.9),
                 )
@@ -168,7 +133,7 @@ def plan(config: Config, folder: Path) -> list[Any]:
             Job(
                 name=f"s{seed} measure",
                 function=measure_job,
-                arguments=(config, folder, seed),
+                arguments=(options, folder, seed),
                 after=tuple(names),
                 weight=0.15,
             )
@@ -179,48 +144,18 @@ def plan(config: Config, folder: Path) -> list[Any]:
 # The command.
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Run or resume the experiment; returns the summary."""
-    from experiments.lab.finish import end_run
-    from experiments.lab.grid import run_grid
+QUESTION = Question(name=EXPERIMENT, asks=ASKS, rule=RULE, plan=plan, gather=gather, mirrored=True)
 
-    if config.resume is not None:
-        state = Run.open(config.resume, config.identity, ignore=STATE_KEYS)
-    else:
-        state = Run.create(
-            Path("results"), EXPERIMENT, config.identity, out=config.out, overwrite=config.overwrite
-        )
-    folder = state.folder
-    if state.finished:
-        print(f"{folder} is finished; nothing to resume.")
-        held: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        return held
-    seeds = " ".join(map(str, config.seeds))
-    print(f"{EXPERIMENT}  scale {config.scale}  seeds {seeds}  {folder}\n rule  {RULE}", flush=True)
-    with state:
-        try:
-            run_grid(plan(config, folder), processes=config.processes)
-        except KeyboardInterrupt:
-            print(f"\nstopped; continue with: python -m experiments.{EXPERIMENT} --resume {folder}")
-            raise
-        summary = gather(folder, seeds=config.seeds, identity=config.identity)
-        state.write_json("summary.json", summary)
-        end_run(folder, summary, config=config.identity, mirror=config.mirror)
-    return summary
+
+def run(options: Options) -> dict[str, Any]:
+    """Run or resume the experiment; returns the summary."""
+    return answer(QUESTION, options)
 
 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parsed = parse(Config, argv, prog=f"python -m experiments.{EXPERIMENT}", description=QUESTION)
-    config = parsed.config
-    if config.resume is not None:
-        from experiments.lab.finish import as_stored
-
-        given = {name for name, origin in parsed.origins.items() if origin != "built-in"}
-        config = as_stored(config, config.resume, given=given, except_for=STATE_KEYS)
-    run(config)
-    return 0
+    return command(QUESTION, argv)
 
 
 if __name__ == "__main__":

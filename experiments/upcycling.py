@@ -30,18 +30,17 @@ do not matter.
     python -m experiments.upcycling --seeds 0 1 2 [--scale laptop|debug] [--resume RUN] [--tune]
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from sft.flags import main_guard, parse
-from sft.run import Run, config_hash
+from experiments.lab.question import Options, Question, answer, command
+from sft.flags import main_guard
 
 EXPERIMENT = "upcycling"
-QUESTION = (
+ASKS = (
     "Is an upcycled mixture of experts better, at equal tokens, than the dense model trained on "
     "and than a mixture of experts from scratch?"
 )
@@ -53,8 +52,8 @@ RULE = (
     "than either; else INCONCLUSIVE"
 )
 JUDGED_AGAINST = ("dense_continued", "moe_scratch_d1")
+TRIED = (1.5e-3, 3e-3, 6e-3, 1.2e-2)  # learning rates, by --tune
 UPCYCLED = ("upcycled_copy", "upcycled_drop", "upcycled_granular", "upcycled_noise")
-STATE_KEYS = ("out", "resume", "overwrite", "processes", "tune")
 # (arm, against): the dense model first, because the tables' words are those of the commonest.
 PAIRS = (
     *((arm, "dense_continued") for arm in (UPCYCLED[0], "moe_scratch", *UPCYCLED[1:])),
@@ -65,57 +64,21 @@ PAIRS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Options of the experiment."""
-
-    seeds: tuple[int, ...] = field(default=(0, 1, 2), metadata={"help": "seeds, paired over arms"})
-    scale: Literal["laptop", "debug"] = field(
-        default="laptop", metadata={"help": "laptop: minutes; debug: seconds"}
-    )
-    processes: int = field(default=2, metadata={"help": "jobs at a time, one thread each"})
-    out: Path | None = field(default=None, metadata={"help": "folder of the run"})
-    overwrite: bool = field(default=False, metadata={"help": "empty --out first"})
-    resume: Path | None = field(default=None, metadata={"help": "continue this run's folder"})
-    tune: bool = field(
-        default=False, metadata={"help": "try the learning rates on the tuning seed instead"}
-    )
-
-    def __post_init__(self) -> None:
-        from moe.errors import UserError
-
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise UserError(f"--seeds {list(self.seeds)}: give each seed once, at least one.")
-        if self.processes < 1:
-            raise UserError(f"--processes {self.processes} must be at least 1.")
-        if self.resume is not None and (self.out is not None or self.overwrite):
-            raise UserError("--resume names the run's folder: leave out --out and --overwrite.")
-        if self.tune and (self.resume is not None or self.overwrite):
-            raise UserError(
-                "--tune takes neither --resume nor --overwrite: it continues by itself."
-            )
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What decides the result."""
-        return {key: value for key, value in asdict(self).items() if key not in STATE_KEYS}
-
-
-def _lab(config: Config, folder: Path, seed: int) -> Any:
+def _lab(options: Options, folder: Path, seed: int) -> Any:
     from experiments.lab.upcycling_arms import RATES
     from experiments.lab.upcycling_text import Lab
 
-    return Lab(seed=seed, scale=config.scale, folder=folder, rates=RATES)
+    return Lab(seed=seed, scale=options.scale, folder=folder, rates=RATES)
 
 
-def plan(config: Config, folder: Path) -> list[Any]:
+def plan(options: Options, folder: Path) -> list[Any]:
     """The grid of a run: per seed the text, the dense start, and the arms after what they need."""
     from experiments.lab.grid import Job
     from experiments.lab.upcycling_arms import ARMS, arm_job, start_job, text_job
 
     jobs = []
-    for seed in config.seeds:
-        lab = _lab(config, folder, seed)
+    for seed in options.seeds:
+        lab = _lab(options, folder, seed)
         text, start = f"s{seed} text", f"s{seed} start"
         jobs.append(Job(name=text, function=text_job, arguments=(lab, text), weight=0.3))
         jobs.append(Job(name=start, function=start_job, arguments=(lab, start), after=(text,)))
@@ -134,14 +97,13 @@ def plan(config: Config, folder: Path) -> list[Any]:
 # From the files of the jobs to the summary.
 
 
-def gather(config: Config, folder: Path) -> dict[str, Any]:
-    """summary.json from what the jobs left."""
-    from experiments.lab.runfiles import commit_of
+def gather(options: Options, folder: Path) -> dict[str, Any]:
+    """What is this experiment's own in summary.json."""
     from experiments.lab.upcycling_arms import ARMS, START
     from experiments.lab.upcycling_summary import arm_metrics, notes
 
     judged = {
-        arm: [_lab(config, folder, seed).judged(arm) for seed in config.seeds]
+        arm: [_lab(options, folder, seed).judged(arm) for seed in options.seeds]
         for arm in (*ARMS, START)
     }
     arms = {arm: arm_metrics(seeds, judged[START]) for arm, seeds in judged.items()}
@@ -152,13 +114,6 @@ def gather(config: Config, folder: Path) -> dict[str, Any]:
     }
     comparisons = compare_all(arms)
     return {
-        "schema": 1,
-        "experiment": EXPERIMENT,
-        "question": QUESTION,
-        "status": "done",
-        "config_hash": config_hash(config.identity),
-        "commit": commit_of(folder),
-        "seeds": list(config.seeds),
         "arms": arms,
         "comparisons": comparisons,
         "routing": routing,
@@ -262,59 +217,26 @@ def claims(arms: Mapping[str, Mapping[str, Sequence[float | None]]]) -> list[dic
 # The command.
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Run or resume the experiment; returns the summary."""
-    from experiments.lab.finish import end_run
-    from experiments.lab.grid import run_grid
+def tune(folder: Path, options: Options) -> dict[str, Any]:
+    from experiments.lab.upcycling_tuning import tune as tried
 
-    if config.resume is not None:
-        state = Run.open(config.resume, config.identity, ignore=STATE_KEYS)
-    else:
-        state = Run.create(
-            Path("results"), EXPERIMENT, config.identity, out=config.out, overwrite=config.overwrite
-        )
-    folder = state.folder
-    if state.finished:
-        print(f"{folder} is finished; nothing to resume.")
-        held: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        return held
-    seeds = " ".join(map(str, config.seeds))
-    print(f"{EXPERIMENT}  scale {config.scale}  seeds {seeds}  {folder}\n rule  {RULE}", flush=True)
-    with state:
-        try:
-            run_grid(plan(config, folder), processes=config.processes)
-        except KeyboardInterrupt:
-            print(f"\nstopped; continue with: python -m experiments.upcycling --resume {folder}")
-            raise
-        summary = gather(config, folder)
-        state.write_json("summary.json", summary)
-        end_run(folder, summary, config=config.identity)
-    return summary
+    return tried(folder, TRIED, scale=options.scale, processes=options.processes)
+
+
+QUESTION = Question(
+    name=EXPERIMENT, asks=ASKS, rule=RULE, plan=plan, gather=gather, tune=tune, tried=TRIED
+)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Run or resume the experiment; returns the summary."""
+    return answer(QUESTION, options)
 
 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    from moe.errors import UserError
-
-    parsed = parse(Config, argv, prog="python -m experiments.upcycling", description=QUESTION)
-    config = parsed.config
-    given = {name for name, origin in parsed.origins.items() if origin != "built-in"}
-    if config.tune:
-        if "seeds" in given:
-            raise UserError("--seeds has no effect with --tune, which runs its own: leave it out.")
-        from experiments.lab.upcycling_tuning import tune
-
-        folder = config.out or Path("results") / EXPERIMENT / "tuning"
-        found = tune(folder, scale=config.scale, processes=config.processes)
-        print(json.dumps(found, indent=1))
-        return 0
-    if config.resume is not None:
-        from experiments.lab.finish import as_stored
-
-        config = as_stored(config, config.resume, given=given)
-    run(config)
-    return 0
+    return command(QUESTION, argv)
 
 
 if __name__ == "__main__":

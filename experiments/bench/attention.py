@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.bench.interleave import INTERVAL_METHOD, Ratio, interleaved
+from experiments.bench.interleave import INTERVAL_METHOD, Ratio, check_rounds, interleaved
 from moe.errors import UserError
 from sft.flags import main_guard, parse
 from sft.run import write_text_atomic
@@ -66,6 +66,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.out is not None and self.out.suffix != ".json":
             raise UserError(f"--out {self.out} must end in .json: that is what is written.")
+        check_rounds(self.rounds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,12 +306,13 @@ def text(record: Mapping[str, Any]) -> str:
                 f"{size['batch']} x {size['length']} tokens, window {size['window']}, "
                 f"{size['heads']} query and {size['kv_heads']} kv heads of {size['width']}: {which}"
             )
+            keeps = which == PASSES[1]
             lines.append(
-                f"  {'':24} {'CPU ms':>9} {'ratio':>8}  {'95 % interval':>17} {'by wall':>8} "
-                f"{'kept MiB':>9}"
+                f"  {'':24} {'CPU ms':>9} {'ratio':>8}  {'95 % interval':>17} {'by wall':>8}"
+                + (f" {'kept MiB':>9}" if keeps else "")
             )
             lines += [
-                _line(row)
+                _line(row, keeps=keeps)
                 for row in record["rows"]
                 if row["length"] == size["length"] and row["pass"] == which
             ]
@@ -329,12 +331,13 @@ def text(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _line(row: Mapping[str, Any], *, keeps: bool) -> str:
+    """keeps: whether the pass keeps anything for a backward, and the table has a column for it."""
     kept = "" if row["kept_bytes"] is None else f"{row['kept_bytes'] / 2**20:.1f}"
     interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
     return (
         f"  {row['form']:24} {row['cpu_ms']:9.2f} {row['ratio']:8.3f}  {interval:>17} "
-        f"{row['wall_ratio']:8.3f} {kept:>9}"
+        f"{row['wall_ratio']:8.3f}" + (f" {kept:>9}" if keeps else "")
     )
 
 

@@ -65,11 +65,7 @@ def interleaved(
         raise UserError(
             f"against {against!r} is not measured: it must be one of {', '.join(candidates)}."
         )
-    if rounds < MIN_ROUNDS:
-        raise UserError(
-            f"rounds {rounds} is too few for a 95 % interval of the median: give {MIN_ROUNDS} or "
-            "more."
-        )
+    check_rounds(rounds)
     names = list(candidates)
     cpu: dict[str, list[float]] = {name: [] for name in names}
     wall: dict[str, list[float]] = {name: [] for name in names}
@@ -81,6 +77,15 @@ def interleaved(
                 cpu[name].append(seconds[0])
                 wall[name].append(seconds[1])
     return {name: _ratio(name, cpu=cpu, wall=wall, against=against) for name in names}
+
+
+def check_rounds(rounds: int) -> None:
+    """Raises UserError with fewer rounds than a 95 % interval of the median needs."""
+    if rounds < MIN_ROUNDS:
+        raise UserError(
+            f"--rounds {rounds} is too few for a 95 % interval of the median: give {MIN_ROUNDS} or "
+            "more."
+        )
 
 
 def rotated(names: Sequence[str], by: int) -> list[str]:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.bench.interleave import (
     INTERVAL_METHOD,
     Ratio,
+    check_rounds,
     interleaved,
     median_interval,
     ratio_between,
@@ -66,6 +67,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.out is not None and self.out.suffix != ".json":
             raise UserError(f"--out {self.out} must end in .json: that is what is written.")
+        check_rounds(self.rounds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,12 +372,15 @@ def text(record: Mapping[str, Any]) -> str:
     lines = []
     for size, which in dict.fromkeys((row["size"], row["pass"]) for row in record["rows"]):
         lines.append(f"tokens, hidden, intermediate, experts, top_k = {size}: {which}")
+        keeps = which == BOTH
         lines.append(
-            f"  {'':18} {'CPU ms':>9} {'ratio':>7}  {'95 % interval':>17} {'by wall':>8} "
-            f"{'kept MiB':>9}"
+            f"  {'':18} {'CPU ms':>9} {'ratio':>7}  {'95 % interval':>17} {'by wall':>8}"
+            + (f" {'kept MiB':>9}" if keeps else "")
         )
         lines += [
-            _line(row) for row in record["rows"] if (row["size"], row["pass"]) == (size, which)
+            _line(row, keeps=keeps)
+            for row in record["rows"]
+            if (row["size"], row["pass"]) == (size, which)
         ]
         lines.append("")
     lines += [
@@ -386,12 +391,13 @@ def text(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _line(row: Mapping[str, Any], *, keeps: bool) -> str:
+    """keeps: whether the pass keeps anything for a backward, and the table has a column for it."""
     kept = "" if row["kept_bytes"] is None else f"{row['kept_bytes'] / 2**20:.2f}"
     interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
     return (
         f"  {row['form']:18} {row['cpu_ms']:9.3f} {row['ratio']:7.3f}  {interval:>17} "
-        f"{row['wall_ratio']:8.3f} {kept:>9}"
+        f"{row['wall_ratio']:8.3f}" + (f" {kept:>9}" if keeps else "")
     )
 
 

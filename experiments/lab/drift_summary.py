@@ -12,15 +12,22 @@ from statistics import fmean
 from typing import Any
 
 from experiments.lab.plots import label
-from experiments.lab.runfiles import commit_of
-from sft.run import config_hash
+from experiments.lab.question import Options
+from experiments.lab.tables import show
 
 EXPERIMENT = "routing_drift"
-QUESTION = (
+ASKS = (
     "How far do SFT, reward model, DPO and PPO move the routing of the same texts, layer by layer, "
     "and is it more than another seed moves?"
 )
 STAGES = {"sft": "base", "rm": "sft", "dpo": "sft", "ppo": "sft"}  # stage -> its start
+# What the null of a stage, its second training from the same start, draws anew.
+REDRAWN = {
+    "sft": "examples and order",
+    "rm": "split, order, fresh head",
+    "dpo": "split and order of pairs",
+    "ppo": "prompts and samples",
+}
 METRIC = "routing_change"
 MARGIN = 0.02  # a fiftieth of a token's experts is too little to matter
 RULE = (
@@ -28,15 +35,16 @@ RULE = (
     "trainings (95 % interval of paired seed differences above 0); NOT DISTINGUISHED if of none; "
     "else PARTLY"
 )
+MOVED, NOT_DISTINGUISHED = "MOVED", "NOT DISTINGUISHED"
 MEASURED = "measured.json"
 
 
-def gather(folder: Path, *, seeds: Sequence[int], identity: Mapping[str, Any]) -> dict[str, Any]:
-    """summary.json from what the jobs of these seeds left; identity: what decides the result."""
+def gather(options: Options, folder: Path) -> dict[str, Any]:
+    """What is this experiment's own in summary.json, from what the jobs left."""
     found = {
         stage: [
             json.loads((folder / f"{stage}-s{s}" / MEASURED).read_text(encoding="utf-8"))
-            for s in seeds
+            for s in options.seeds
         ]
         for stage in STAGES
     }
@@ -53,13 +61,6 @@ def gather(folder: Path, *, seeds: Sequence[int], identity: Mapping[str, Any]) -
     }
     sentences = [stage_sentence(stage, arms, comparisons) for stage in STAGES]
     return {
-        "schema": 1,
-        "experiment": EXPERIMENT,
-        "question": QUESTION,
-        "status": "done",
-        "config_hash": config_hash(identity),
-        "commit": commit_of(folder),
-        "seeds": list(seeds),
         "arms": arms,
         "comparisons": comparisons,
         "routing": routing,
@@ -75,11 +76,10 @@ def gather(folder: Path, *, seeds: Sequence[int], identity: Mapping[str, Any]) -
             "Routing change is the share of a token's chosen experts that are others, mean over "
             "tokens and layers, on the same held-out texts: answers as SFT writes them, and "
             "pretraining text.",
-            "A reseeded arm is the change between two trainings of its stage from one start. The "
-            "second SFT draws its examples anew, reward model and DPO split the same pairs anew, "
-            "PPO draws its prompts anew against the same reward model: the four are no common "
-            "measure of chance.",
-            "In comparisons BETTER means further.",
+            "Twice is the change between two trainings of a stage from one start; its row says "
+            "what the second draws anew (the reward model on the same pairs, PPO under the same "
+            "reward model). Each stage is held against its own: the four are no common measure of "
+            "chance, so stages are not compared with each other.",
             "token_kl is KL from the stage's start per token of those texts; kl_sequence from SFT "
             "per sampled answer. A reward model has no next token, so it has neither.",
         ],
@@ -91,50 +91,52 @@ def gather(folder: Path, *, seeds: Sequence[int], identity: Mapping[str, Any]) -
 
 
 def compare_all(arms: Mapping[str, Mapping[str, Sequence[float | None]]]) -> list[dict[str, Any]]:
-    """Each stage's change against the change between its two trainings; BETTER is further."""
+    """Each stage's change against the change between its two trainings: MOVED or not."""
     from experiments.lab.verdict import compare
 
-    return [
-        {
-            "arm": stage,
-            "against": f"{stage}_reseeded",
-            "metric": METRIC,
-            **asdict(
-                compare(
-                    arms[stage][METRIC],
-                    arms[f"{stage}_reseeded"][METRIC],
-                    margin=MARGIN,
-                    higher_is_better=True,
-                )
-            ),
-        }
-        for stage in STAGES
-    ]
+    rows = []
+    for stage in STAGES:
+        against = f"{stage}_reseeded"
+        found = compare(
+            arms[stage][METRIC], arms[against][METRIC], margin=MARGIN, higher_is_better=True
+        )
+        further = found.interval95 is not None and found.interval95[0] > 0
+        rows.append(
+            {
+                "arm": stage,
+                "against": against,
+                "against_is": REDRAWN[stage],
+                "metric": METRIC,
+                **asdict(found),
+                "word": MOVED if further else NOT_DISTINGUISHED,
+            }
+        )
+    return rows
 
 
 def verdict_word(comparisons: Sequence[Mapping[str, Any]]) -> str:
     """The rule in `RULE`, applied to the computed words."""
-    moved = [row["word"] == "BETTER" for row in comparisons]
+    moved = [row["word"] == MOVED for row in comparisons]
     if all(moved):
-        return "MOVED"
-    return "PARTLY" if any(moved) else "NOT DISTINGUISHED"
+        return MOVED
+    return "PARTLY" if any(moved) else NOT_DISTINGUISHED
 
 
 def stage_sentence(
     stage: str, arms: Mapping[str, Mapping[str, Sequence[Any]]], comparisons: Sequence[Any]
 ) -> str:
-    """What a stage did, in one sentence."""
+    """What a stage did beside its own null, in one sentence."""
     row = next(row for row in comparisons if row["arm"] == stage)
-    change, between = (fmean(arms[arm][METRIC]) for arm in (stage, f"{stage}_reseeded"))
+    change, between = (fmean(arms[arm][METRIC]) for arm in (stage, row["against"]))
     kl = arms[stage]["token_kl"]
-    spent = "" if None in kl else f", at {fmean(kl):.3f} nats of KL per token"
+    spent = "" if None in kl else f", at {show(fmean(kl))} nats of KL per token"
     interval = row["interval95"]
-    told = f"[{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "no interval"
-    word = "MOVED" if row["word"] == "BETTER" else "not distinguished from its seed"
+    told = f"[{interval[0]:+.2%}, {interval[1]:+.2%}]" if interval else "no interval"
+    found = "MOVED the routing" if row["word"] == MOVED else f"is {NOT_DISTINGUISHED}"
     return (
-        f"{label(stage)} replaces {change:.1%} of the chosen experts of its start "
-        f"({label(STAGES[stage])}){spent}; two trainings differ by {between:.1%} (difference "
-        f"{told}): {word}."
+        f"{label(stage)} {found}: it replaces {change:.2%} of the chosen experts of its start "
+        f"({label(STAGES[stage])}){spent}; a second training ({REDRAWN[stage]} "
+        f"drawn anew) is {between:.2%} away from it (difference {change - between:+.2%} {told})."
     )
 
 
@@ -148,7 +150,7 @@ def preferred_sentences(routing: Mapping[str, Mapping[str, Any]]) -> list[str]:
         chance = [value for seed in found["chosen_rejected_jsd_by_chance"] for value in seed]
         told.append(
             f"Chosen against rejected answers under {label(stage)}: divergence of expert use "
-            f"{sum(jsd) / count:.1e} bits, by chance {sum(chance) / count:.1e}; p <= 0.05 in "
-            f"{sure} of {count} layers and seeds, {0.05 * count:.0f} by chance."
+            f"{show(sum(jsd) / count)} bits, by chance {show(sum(chance) / count)}; p <= 0.05 in "
+            f"{sure} of {count} layers and seeds, {show(0.05 * count)} by chance."
         )
     return told

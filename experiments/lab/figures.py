@@ -24,9 +24,9 @@ CURVES_PER_STAGE = 4
 DRIFT = {
     "jaccard_from_sft": "Jaccard with SFT (1: same)",
     "jsd_from_sft": "JS divergence from SFT (0: same)",
-    "change_from_start": "choices changed from the start",
-    "change_between_seeds": "changed between two seeds",
-    "chosen_rejected_jsd": "chosen - rejected (JS, bits)",
+    "change_from_start": "changed from the start",
+    "change_between_seeds": "changed between seeds",
+    "chosen_rejected_jsd": "chosen, rejected (bits)",
 }
 # One curve for each kind of metric, in this order, so that one stage's many losses leave room.
 CURVES = (

@@ -2,7 +2,8 @@
 
 The decision to know: for a given y the law is a straight line in G^-y, so the fit is a line for
 each y of a grid, and the grid's ends are told as ends: a loss that saturates at once has no finite
-y. The sign of y is only told with that of g: the loss falls and levels off if both are positive.
+y. The sign of y is only told with that of g. A curve that falls and rises again fits such a line
+too, badly; whether the losses themselves rise is therefore asked apart.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ BOOTSTRAPS = 200
 class Law:
     """L(G) = g / G^y + h; at_end: the best y is an end of the grid, and says no more than its sign.
 
-    residual: root of the mean squared difference, in nats.
+    residual: root of the mean squared difference, in nats. largest_rise: of the losses from one G
+    to the next, in nats; below 0 if all fall.
     """
 
     g: float
@@ -29,11 +31,14 @@ class Law:
     h: float
     residual: float
     at_end: bool
+    largest_rise: float
 
-    @property
-    def levels_off(self) -> bool:
-        """Whether the loss falls with G, ever more slowly."""
-        return self.g > 0 and self.y > 0
+    def levels_off(self, *, margin: float) -> bool:
+        """Whether the loss falls with G ever more slowly, at a finite y, and rises nowhere.
+
+        margin: a rise that counts, in nats.
+        """
+        return self.g > 0 and self.y > 0 and not self.at_end and self.largest_rise < margin
 
 
 def fit_law(granularity: Sequence[float], loss: Sequence[float]) -> Law:
@@ -57,6 +62,7 @@ def fit_law(granularity: Sequence[float], loss: Sequence[float]) -> Law:
         h=float(h_Y[best]),
         residual=float(off_Y[best]),
         at_end=float(y_Y[best]) in (Y_GRID[0], Y_GRID[-1]),
+        largest_rise=float(np.diff(target_N[np.argsort(granularity)]).max()),
     )
 
 

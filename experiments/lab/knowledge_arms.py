@@ -9,7 +9,7 @@ and steps to a loss can be compared.
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CONTEXT = 64
 SCORED_FROM = 16  # by then a text has told its domain
+MIXTURE_RATE = 3e-3  # of whole experts, chosen by trial: results/moe_vs_dense/tuning
 WIDTH = 96  # of the dense FFN; a whole expert is as wide
 BACKWARD = 2  # a backward pass costs about two forward passes
 PAD_ID = 0  # rows are all of one length: nothing is padded
@@ -102,6 +103,17 @@ def mixture(
         **fields,
     }
     return Design(family=family, fields=own, bias_update_rate=bias_update_rate)
+
+
+def settings_of(designs: Mapping[str, Design], *, rates: Mapping[str, float]) -> dict[str, Any]:
+    """What decides the results of an experiment of this world beside its options, as plain data."""
+    return {
+        "model": dict(MODEL),
+        "designs": {arm: asdict(design) for arm, design in designs.items()},
+        "sizes": {name: asdict(scale) for name, scale in SCALES.items()},
+        "context": [CONTEXT, SCORED_FROM],
+        "rates": dict(rates),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,8 +391,6 @@ def _fit(
     rows: tuple[list["SupervisedRow"], list["SupervisedRow"]],
     meter: "Meter",
 ) -> None:
-    from dataclasses import asdict
-
     from experiments.lab.grid import report
     from sft.checkpoint import newest_checkpoint
     from sft.rows import SupervisedCollator

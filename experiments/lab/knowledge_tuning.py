@@ -49,12 +49,21 @@ def tune(
         "scale": scale,
         "tried_on": {design.family: arm for arm, design in designs.items()},
         "held_out_loss": losses,
-        "chosen": {
-            family: float(min(tried, key=tried.__getitem__)) for family, tried in losses.items()
-        },
+        "chosen": {family: best_rate(tried) for family, tried in losses.items()},
+        "at_an_edge": [family for family, tried in losses.items() if is_at_an_edge(tried)],
     }
     write_json_atomic(folder / "tuning.json", found)
     return found
+
+
+def best_rate(losses: Mapping[str, float]) -> float:
+    """The rate of the lowest loss, the smaller one at a tie. losses: in the order of the rates."""
+    return float(min(losses, key=losses.__getitem__))
+
+
+def is_at_an_edge(losses: Mapping[str, float]) -> bool:
+    """Whether the best rate is the first or last that was tried: a better one may lie beyond."""
+    return best_rate(losses) in (TRIED[0], TRIED[-1])
 
 
 def _loss(lab: Lab, arm: str) -> float:

@@ -36,7 +36,11 @@ MAX_VECTOR_CELLS = 1500  # beyond this a heat map is one embedded picture instea
 DEAD_SHARE = 0.1  # moe.stats.DEAD_SHARE, repeated because importing it would bring in torch
 LOAD_LIMIT = 2.0  # heat maps end at 2**-2 and 2**2 times the fair share
 
-ORDER = ("base", "few_shot", "pretrain", "sft", "rm", "dpo", "ppo", "best_of_n")
+ORDER = (
+    *("base", "few_shot", "pretrain"),
+    *("sft", "sft_reseeded", "rm", "rm_reseeded", "dpo", "dpo_reseeded", "ppo", "ppo_reseeded"),
+    "best_of_n",
+)
 LABELS = {
     "base": "base",
     "few_shot": "few-shot",
@@ -49,10 +53,10 @@ LABELS = {
     "longer_wins": "longer wins",
     "length_rule": "direction of length",
     "bag_of_words": "bag of words",
-    "sft_reseeded": "SFT, two seeds",
-    "rm_reseeded": "RM, two seeds",
-    "dpo_reseeded": "DPO, two seeds",
-    "ppo_reseeded": "PPO, two seeds",
+    "sft_reseeded": "SFT twice",
+    "rm_reseeded": "RM twice",
+    "dpo_reseeded": "DPO twice",
+    "ppo_reseeded": "PPO twice",
 }
 
 
@@ -73,6 +77,10 @@ STYLES = {
     "dpo": Style(BLUE, "-", "^"),
     "ppo": Style(VERMILLION, "-", "v"),
     "best_of_n": Style(GREEN, (0, (5, 1.5)), "X"),
+    # What a stage is held against, never beside the base models.
+    **dict.fromkeys(
+        ("sft_reseeded", "rm_reseeded", "dpo_reseeded", "ppo_reseeded"), Style(GREY, ":", "o")
+    ),
 }
 OTHER_STYLES = (
     Style(ORANGE, "-", "o"),

@@ -178,12 +178,13 @@ def _e(value: object) -> str:
 
 
 def _word(word: object) -> str:
-    first = re.sub(r"[^A-Z]", "", str(word).split(" ")[0])
+    known = "UNRESOLVED" if word == "NOT DISTINGUISHED" else str(word)  # no bad news
+    first = re.sub(r"[^A-Z]", "", known.split(" ")[0])
     return f'<span class="word {first}">{_e(word)}</span>'
 
 
 def _with_words(text: str) -> str:
-    verdicts = "NOT REPRODUCED|REPRODUCED|INCONCLUSIVE"
+    verdicts = "NOT REPRODUCED|REPRODUCED|INCONCLUSIVE|NOT DISTINGUISHED|MOVED"
     words = rf"\b({verdicts}|BETTER|WORSE|EQUIVALENT|UNRESOLVED|DEGENERATE)\b"
     return re.sub(words, lambda found: _word(found.group()), _e(text))
 

@@ -2,7 +2,8 @@
 
 The decision to know: the second training begins from copies of the first one's inputs (base model,
 SFT model, pairs, reward model) in a folder of its own. What the seed draws is drawn anew: SFT's
-examples, the split and the order of the pairs, PPO's prompts, samples and fresh heads.
+examples and their order, the split and the order of the pairs, the reward model's fresh head, PPO's
+prompts and samples.
 """
 
 import os

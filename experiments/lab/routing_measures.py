@@ -6,6 +6,7 @@ side per layer, all of the same held-out tokens, and reduced to what a verdict n
 Shapes: L MoE layers, T tokens, E experts, K experts per token, P shufflings.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from experiments.lab.grid import Job, report, run_grid
-from experiments.lab.knowledge_tuning import TRIED, TUNING_SEED
-from experiments.lab.meter import metered
+from experiments.lab.knowledge_tuning import TRIED, TUNING_SEED, best_rate, is_at_an_edge
 from experiments.lab.routing_text import (
     MARKS,
+    METER,
     Prepared,
     TextLab,
     at_mark,
@@ -49,22 +50,22 @@ def judge_job(lab: TextLab, job: str) -> None:
         if lab.is_judged(arm):
             continue
         report(job, f"judging {arm}", 0, 1)
-        with metered(lab.stage / f"judge-{arm}.json") as meter:
-            (loss, tokens), trace = held_out_loss(
-                at_mark(lab, text, share), text.held_out, pad_id=text.pad_id
-            )
-            found: dict[str, Any] = {
-                "metrics": {"held_out_loss": loss},
-                "held_out_tokens": tokens,
-                "routing": {**use(trace), **by_domain(trace, text, lab=lab)},
-                "coactivation": coactivation(trace),
-                "notes": text.notes,
-            }
-            found["routing"] |= by_neighbour(trace, lab=lab) | by_token(trace, text, lab=lab)
-            found["routing"] |= partners(trace)
-            if arm == "trained":
-                found["saturation"] = saturations(lab, text, final=trace)
-        found["timings"] = meter.facts()
+        (loss, tokens), trace = held_out_loss(
+            at_mark(lab, text, share), text.held_out, pad_id=text.pad_id
+        )
+        found: dict[str, Any] = {
+            "metrics": {"held_out_loss": loss},
+            "held_out_tokens": tokens,
+            "routing": {**use(trace), **by_domain(trace, text, lab=lab)},
+            "coactivation": coactivation(trace),
+            "notes": text.notes,
+            "timings": {"seconds": None, "peak_mib": None},
+        }
+        found["routing"] |= by_neighbour(trace, lab=lab) | by_token(trace, text, lab=lab)
+        found["routing"] |= partners(trace)
+        if arm == "trained":
+            found["saturation"] = saturations(lab, text, final=trace)
+            found["timings"] = json.loads((lab.stage / METER).read_text(encoding="utf-8"))
         lab.arm_folder(arm).mkdir(parents=True, exist_ok=True)
         write_json_atomic(lab.arm_folder(arm) / "judged.json", found)
 
@@ -218,7 +219,8 @@ def tune(folder: Path, *, experiment: str, scale: str, processes: int) -> dict[s
         "seed": TUNING_SEED,
         "scale": scale,
         "held_out_loss": losses,
-        "chosen": float(min(losses, key=losses.__getitem__)),
+        "chosen": best_rate(losses),
+        "at_an_edge": is_at_an_edge(losses),
     }
     write_json_atomic(folder / "tuning.json", found)
     return found

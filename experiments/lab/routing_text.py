@@ -24,6 +24,7 @@ SHARES: Mapping[str, float] = {
     "lists": 0.15,
     "arithmetic": 0.1,
 }
+METER = "meter.json"  # seconds and memory of the training
 MARKS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)  # shares of the training; 0 is before it
 MODEL: Mapping[str, Any] = {
     "hidden_size": 64,
@@ -82,6 +83,11 @@ SCALES: Mapping[str, Scale] = {
         permutations=19,
     ),
 }
+
+
+def sizes() -> dict[str, Any]:
+    """The sizes of every scale as plain data."""
+    return {name: asdict(scale) for name, scale in SCALES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +306,7 @@ def train_job(lab: TextLab, job: str) -> None:
             look(step)
 
     with (
-        metered(lab.stage / "meter.json") as meter,
+        metered(lab.stage / METER) as meter,
         Tracker(
             lab.arm_folder("trained"),
             group=lab.experiment,

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Protocol
 
-from experiments.lab.verdict import MIN_PAIRS, PublishedWord, difference, published_verdict
+from experiments.lab.verdict import (
+    MIN_PAIRS,
+    PublishedWord,
+    difference,
+    paired_interval,
+    published_verdict,
+)
 
 Values = Sequence[float | None]
 
@@ -26,6 +32,8 @@ class Judged(Protocol):
     @property
     def threshold(self) -> float: ...
     @property
+    def of(self) -> str: ...
+    @property
     def word(self) -> PublishedWord: ...
 
 
@@ -34,7 +42,8 @@ class Condition:
     """A claim, where it comes from, and our gaps per seed that decide it.
 
     gaps: ours, of which the published sign is `sign` (+1 or -1) and whose mean is to reach
-    `threshold`, 0 for the sign alone.
+    `threshold`, 0 for the sign alone. A gap is never given less its threshold: one that is only too
+    small would read as one the other way round. of: what stands beside each other in `gaps`.
     """
 
     claim: str
@@ -42,21 +51,47 @@ class Condition:
     gaps: tuple[float | None, ...]
     sign: int
     threshold: float = 0.0
+    of: str = "seeds"
 
     @property
     def word(self) -> PublishedWord:
         return published_verdict(self.gaps, published_sign=self.sign, threshold=self.threshold)
 
 
-def gaps(values: Values, others: Values, *, times: float = 1.0) -> tuple[float | None, ...]:
-    """values - times * others, seed by seed; None where either is missing."""
-    scaled = [None if other is None else times * other for other in others]
-    return tuple(difference(a, b) for a, b in zip(values, scaled, strict=True))
+@dataclass(frozen=True, kw_only=True)
+class AtMost:
+    """A claim that something costs no more than `threshold`, from the costs per seed.
+
+    REPRODUCED if no seed costs more, NOT REPRODUCED if every seed does or the mean costs twice as
+    much; else, and below three seeds, INCONCLUSIVE.
+    """
+
+    claim: str
+    published: str
+    gaps: tuple[float | None, ...]
+    threshold: float
+    of: str = "seeds"
+
+    @property
+    def word(self) -> PublishedWord:
+        known = _known(self.gaps)
+        if len(known) < MIN_PAIRS:
+            return "INCONCLUSIVE"
+        if all(gap <= self.threshold for gap in known):
+            return "REPRODUCED"
+        dearer = all(gap > self.threshold for gap in known) or fmean(known) > 2 * self.threshold
+        return "NOT REPRODUCED" if dearer else "INCONCLUSIVE"
 
 
-def less(values: Values, number: float) -> tuple[float | None, ...]:
-    """values - number, seed by seed; None where missing."""
-    return gaps(values, [number] * len(values))
+def gaps(values: Values, others: Values) -> tuple[float | None, ...]:
+    """values - others, seed by seed; None where either is missing."""
+    return tuple(difference(a, b) for a, b in zip(values, others, strict=True))
+
+
+def relative(values: Values, others: Values) -> tuple[float | None, ...]:
+    """values / others - 1, seed by seed; None where either is missing or the other is 0."""
+    pairs = zip(gaps(values, others), others, strict=True)
+    return tuple(gap / other if gap is not None and other else None for gap, other in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +108,11 @@ class MeanFall:
     num_seeds: int
     margin: float
     threshold: float = 0.0
+    of: str = "steps of the mean over seeds"
 
     @property
     def word(self) -> PublishedWord:
-        known = [gap for gap in self.gaps if gap is not None]
+        known = _known(self.gaps)
         if self.num_seeds < MIN_PAIRS or len(known) < len(self.gaps):
             return "INCONCLUSIVE"
         if all(gap < 0 for gap in known):
@@ -115,19 +151,35 @@ def claims_of(conditions: Sequence[Judged]) -> list[dict[str, Any]]:
         {
             "claim": condition.claim,
             "published": condition.published,
-            "ours": list(condition.gaps),
+            "threshold": condition.threshold,
+            "ours": {f"per {condition.of}": list(condition.gaps)},
             "verdict": condition.word,
         }
         for condition in conditions
     ]
 
 
+def answers_of(conditions: Sequence[Judged]) -> list[str]:
+    """A sentence for each condition: the claim, the word, and the numbers that it rests on."""
+    return [
+        f"{condition.claim}: {condition.word}, {_numbers(condition)}." for condition in conditions
+    ]
+
+
+def _numbers(condition: Judged) -> str:
+    known = _known(condition.gaps)
+    if condition.of != "seeds":
+        return f"{' '.join(f'{gap:+.3f}' for gap in known)} ({condition.of})"
+    interval = paired_interval(known)
+    ends = f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ", no interval"
+    return f"{fmean(known):+.3f}{ends}, seeds {len(known)}" if known else "no seed has a value"
+
+
 def verdict_of(conditions: Sequence[Judged], *, rule: str, metric: str) -> dict[str, Any]:
-    """The summary's verdict from the conditions that decide it."""
+    """The summary's verdict from the conditions that decide it; each claim has its threshold."""
     return {
         "word": combined([condition.word for condition in conditions]),
         "rule": rule,
-        "threshold": max(condition.threshold for condition in conditions),
         "metric": metric,
     }
 
@@ -138,8 +190,9 @@ def comparisons(
     *,
     metric: str,
     margin: float,
+    higher_is_better: bool | None = False,
 ) -> list[dict[str, Any]]:
-    """Every (arm, against) in a metric of which less is better, in words."""
+    """Every (arm, against) in a metric of which less is better, or None: neither, in words."""
     from dataclasses import asdict
 
     from experiments.lab.verdict import compare
@@ -151,7 +204,10 @@ def comparisons(
             "metric": metric,
             **asdict(
                 compare(
-                    arms[arm][metric], arms[against][metric], margin=margin, higher_is_better=False
+                    arms[arm][metric],
+                    arms[against][metric],
+                    margin=margin,
+                    higher_is_better=higher_is_better,
                 )
             ),
         }

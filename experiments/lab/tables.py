@@ -62,6 +62,7 @@ ROUTING = {
     "chosen_rejected_jsd": "JS divergence, chosen from rejected (bits)",
     "chosen_rejected_jsd_by_chance": "that by chance",
 }
+NEXT_ROW = "minus the next row [95 %]"
 ANSWERED_FIRST = ("dpo", "ppo", "best_of_n", "sft", "few_shot", "base")
 
 
@@ -123,8 +124,22 @@ def main_metric(summary: Summary) -> str | None:
     return next((m for m in [*asked, *compared, *metrics] if m in {*metrics, *compared}), None)
 
 
+def own_pairs(summary: Summary) -> dict[str, Row]:
+    """Arm -> its comparison in the main metric, where every arm has an other of its own.
+
+    Empty where arms share a baseline, or where one that others are held against is itself compared.
+    """
+    metric = main_metric(summary)
+    rows = [row for row in summary.get("comparisons") or () if row["metric"] == metric]
+    names = [row[side] for row in rows for side in ("arm", "against")]
+    alone = len(rows) > 1 and len(set(names)) == len(names)
+    return {row["arm"]: row for row in rows} if alone else {}
+
+
 def baseline(summary: Summary) -> str | None:
-    """The arm that most comparisons are against."""
+    """The arm that most comparisons are against; None where each has its own."""
+    if own_pairs(summary):
+        return None
     against = Counter(row["against"] for row in summary.get("comparisons") or ())
     return against.most_common(1)[0][0] if against else None
 
@@ -172,7 +187,7 @@ def _sentence(row: Row) -> str:
     interval = row.get("interval95")
     found += f" {show_interval(interval)}" if interval else ", no interval"
     found += f", {count(row['n'], 'seed')}."
-    if row["word"] in ("BETTER", "WORSE"):
+    if row["word"] in ("BETTER", "WORSE", "HIGHER", "LOWER"):
         return f"{arm} is {row['word']} than {against} in {metric}: {found}"
     if row["word"] == "EQUIVALENT":
         within = f" (within +-{row['margin']:g})" if numbers([row.get("margin")]) else ""
@@ -182,6 +197,8 @@ def _sentence(row: Row) -> str:
 
 def main_table(summary: Summary) -> Table:
     """The main metric: mean, 95 % interval, difference from the baseline, word, n."""
+    if pairs := own_pairs(summary):
+        return _pairs_table(summary, pairs)
     metric, base = main_metric(summary), baseline(summary)
     against = [f"minus {label(base)}", "its 95 % interval", "word"] if base else []
     header = ["arm", "seeds", METRICS.get(str(metric), str(metric)), "95 % interval", *against]
@@ -200,9 +217,39 @@ def main_table(summary: Summary) -> Table:
     return Table(header=tuple(header), rows=tuple(rows))
 
 
+def _pairs_table(summary: Summary, pairs: Mapping[str, Row]) -> Table:
+    """The main metric of each arm and, in the next row, of what it alone is held against."""
+    metric = str(main_metric(summary))
+    rows = []
+    for arm in in_order(pairs):
+        row = pairs[arm]
+        differs = str(row.get("against_is") or "")
+        told = (_gap(row), _main_word(summary, row))
+        rows.append((label(arm), "", *_mean_cells(summary, arm, metric), *told))
+        cells = _mean_cells(summary, row["against"], metric)
+        rows.append((label(row["against"]), differs, *cells, "", ""))
+    header = ("arm", "what differs", "seeds", METRICS.get(metric, metric), NEXT_ROW, "word")
+    return Table(header=header, rows=tuple(rows), num_names=2)
+
+
+def _gap(row: Row) -> str:
+    """The difference and, in brackets, its 95 % interval."""
+    return f"{show(row['mean_difference'], signed=True)} {show_interval(row.get('interval95'))}"
+
+
+def _in_pairs(pairs: Mapping[str, Row]) -> list[str]:
+    """Each arm and, after it, what it is held against."""
+    return [name for arm in in_order(pairs) for name in (arm, pairs[arm]["against"])]
+
+
+def _mean_cells(summary: Summary, arm: str, metric: str) -> tuple[str, str]:
+    values = numbers(summary["arms"][arm].get(metric) or ())
+    return str(len(values)), show(mean(values)) if values else "-"
+
+
 def metrics_table(summary: Summary) -> Table:
     """A row per other metric: each arm's mean, with the word against the baseline if computed."""
-    arms = in_order(summary.get("arms", {}))
+    arms = in_order(own_pairs(summary) or summary.get("arms", {}))
     rows = []
     for metric in metrics_of(summary):
         if metric == main_metric(summary):
@@ -255,22 +302,23 @@ def console_table(summary: Summary) -> RichTable:
     metric, base = main_metric(summary), baseline(summary)
     known = metrics_of(summary)
     short = {"kl_sequence": "KL", "win_rate": "win\nrate"}
-    others = [m for m in short if m in known and m != metric]
+    pairs = own_pairs(summary)
+    others = [m for m in short if m in known and m != metric and not pairs]
     colors = {"BETTER": "green", "WORSE": "red", "EQUIVALENT": "cyan", "UNRESOLVED": "yellow"}
     table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1))
-    against = [f"minus {label(base)} [95 %]", "word"] if base else []
+    minus = NEXT_ROW if pairs else f"minus {label(base)} [95 %]" if base else ""
+    against = [minus, "word"] if minus else []
     name = METRICS.get(str(metric), str(metric)).replace(" ", "\n")
     for i, head in enumerate(("arm", "seeds", name, *against, *(short[m] for m in others))):
         table.add_column(Text(head), justify="right" if i else "left", no_wrap=True)
-    for arm in in_order(summary.get("arms", {})):
+    for arm in _in_pairs(pairs) or in_order(summary.get("arms", {})):
         values = {m: numbers(v) for m, v in summary["arms"][arm].items()}
         found = values.get(str(metric), [])
         cells = [label(arm), str(len(found)), show(mean(found)) if found else "-"]
-        row = comparison(summary, arm, str(metric))
-        if base and row:
-            gap = show(row["mean_difference"], signed=True)
-            cells += [f"{gap} {show_interval(row.get('interval95'))}", _main_word(summary, row)]
-        elif base:
+        row = pairs.get(arm) or comparison(summary, arm, str(metric))
+        if row:
+            cells += [_gap(row), _main_word(summary, row)]
+        elif minus:
             cells += ["", ""]
         cells += [show(mean(values[m])) if values.get(m) else "-" for m in others]
         table.add_row(*(Text(cell, style=_color(cell, colors)) for cell in cells))

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from experiments.lab.begun import claim_trials
 from experiments.lab.grid import Job, report, run_grid
 from experiments.lab.judging import measure_arm
 from experiments.lab.presets import BestOfNArm, DPOArm, PPOArm
@@ -23,7 +24,6 @@ from experiments.lab.stages import (
     train_reward_model,
 )
 from experiments.lab.worlds import World, WorldOptions, open_world
-from moe.errors import UserError
 from sft.run import plain, write_json_atomic
 
 TUNING_SEED = 9001
@@ -103,8 +103,7 @@ def tune(options: WorldOptions, folder: Path, *, lora_rank: int, processes: int)
     world = open_world(options)
     world.check()
     base = (options, folder, lora_rank)
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, {**plain(options), "lora_rank": lora_rank})
+    claim_trials(folder, {**plain(options), "lora_rank": lora_rank})
     jobs = [
         Job(name="trunk", function=trunk, arguments=base, weight=4),
         Job(name="sft", function=measure_sft, arguments=base, after=("trunk",), weight=0.1),
@@ -146,15 +145,3 @@ def tune(options: WorldOptions, folder: Path, *, lora_rank: int, processes: int)
             )
     write_json_atomic(folder / "tuning.json", found)
     return found
-
-
-def _claim(folder: Path, asked: Mapping[str, Any]) -> None:
-    """Trials of two worlds, scales or models in one folder would be taken for each other's."""
-    path = folder / "options.json"
-    if not path.is_file():
-        write_json_atomic(path, asked)
-    elif (held := json.loads(path.read_text(encoding="utf-8"))) != asked:
-        differ = [f"{k} {held.get(k)} there, {v} now" for k, v in asked.items() if held.get(k) != v]
-        raise UserError(
-            f"{folder} holds trials of other options ({', '.join(differ)}): give another --out."
-        )

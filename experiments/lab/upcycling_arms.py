@@ -68,7 +68,6 @@ ARMS: Mapping[str, Arm] = {
     "upcycled_noise": Arm(family="upcycled", options={**FOUR, "variant": "noise"}),
 }
 # By `python -m experiments.upcycling --tune`: the same four rates for each family, on seed 9001.
-TRIED = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 RATES: Mapping[str, float] = {"start": 6e-3, "dense": 6e-3, "upcycled": 6e-3, "scratch": 3e-3}
 
 

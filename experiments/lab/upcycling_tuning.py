@@ -6,13 +6,13 @@ what was best there.
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.lab.grid import Job, run_grid
 from experiments.lab.upcycling_arms import (
     START,
-    TRIED,
     arm_job,
     start_job,
     text_job,
@@ -29,14 +29,14 @@ TRIED_ON = {
 }
 
 
-def tune(folder: Path, *, scale: str, processes: int) -> dict[str, Any]:
+def tune(folder: Path, tried: Sequence[float], *, scale: str, processes: int) -> dict[str, Any]:
     """Try every family at every rate; leaves and returns `tuning.json`. Goes on where it was."""
-    labs = {rate: _lab(folder, rate, scale=scale) for rate in TRIED}
-    jobs = [Job(name="text", function=text_job, arguments=(labs[TRIED[0]], "text"), weight=0.2)]
+    labs = {rate: _lab(folder, rate, scale=scale) for rate in tried}
+    jobs = [Job(name="text", function=text_job, arguments=(labs[tried[0]], "text"), weight=0.2)]
     for rate, lab in labs.items():
         name = f"start {rate:g}"
         jobs.append(Job(name=name, function=start_job, arguments=(lab, name), after=("text",)))
-    starts = tuple(f"start {rate:g}" for rate in TRIED)
+    starts = tuple(f"start {rate:g}" for rate in tried)
     jobs.append(Job(name="choose", function=choose_start, arguments=(labs,), after=starts))
     for family, arm in TRIED_ON.items():
         for rate, lab in labs.items():
@@ -57,7 +57,8 @@ def tune(folder: Path, *, scale: str, processes: int) -> dict[str, Any]:
         "tried_on": TRIED_ON,
         "held_out_loss": losses,
         "chosen": {
-            family: float(min(tried, key=tried.__getitem__)) for family, tried in losses.items()
+            family: float(min(by_rate, key=by_rate.__getitem__))
+            for family, by_rate in losses.items()
         },
     }
     write_json_atomic(folder / "tuning.json", found)

@@ -16,7 +16,7 @@ from typing import Literal
 
 from moe.errors import UserError
 
-Word = Literal["BETTER", "WORSE", "EQUIVALENT", "UNRESOLVED"]
+Word = Literal["BETTER", "WORSE", "HIGHER", "LOWER", "EQUIVALENT", "UNRESOLVED"]
 PublishedWord = Literal["REPRODUCED", "NOT REPRODUCED", "INCONCLUSIVE"]
 
 MIN_PAIRS = 3
@@ -104,14 +104,15 @@ def compare(
     against_values: Sequence[float | None],
     *,
     margin: float,
-    higher_is_better: bool,
+    higher_is_better: bool | None,
 ) -> Comparison:
     """Compares two arms whose values stand in the same order of seeds.
 
     A seed where either value is None or not finite is left out on both sides, and shows as None
     in `per_seed` and in a smaller `n`. The word:
 
-    - BETTER or WORSE when the 95 % interval of the mean difference excludes zero;
+    - BETTER or WORSE when the 95 % interval of the mean difference excludes zero; HIGHER or LOWER
+      where higher_is_better is None, because the metric describes and does not rate;
     - else EQUIVALENT when the 90 % interval lies within +-margin (two one-sided tests at 5 %);
     - else UNRESOLVED, as always below three pairs.
 
@@ -152,12 +153,14 @@ def difference(value: float | None, other: float | None) -> float | None:
     return gap if math.isfinite(gap) else None
 
 
-def _word(differences: Sequence[float], *, margin: float, higher_is_better: bool) -> Word:
+def _word(differences: Sequence[float], *, margin: float, higher_is_better: bool | None) -> Word:
     interval95 = paired_interval(differences, level=0.95)
     interval90 = paired_interval(differences, level=0.90)
     if interval95 is None or interval90 is None:
         return "UNRESOLVED"
     if interval95[0] > 0 or interval95[1] < 0:
+        if higher_is_better is None:
+            return "HIGHER" if interval95[0] > 0 else "LOWER"
         return "BETTER" if (interval95[0] > 0) == higher_is_better else "WORSE"
     if -margin <= interval90[0] and interval90[1] <= margin:
         return "EQUIVALENT"

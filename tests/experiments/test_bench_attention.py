@@ -91,9 +91,15 @@ def test_what_is_printed_is_what_is_written(
     assert written["goals"] == [] and len(written["rows"]) == 24
 
 
+def test_only_passes_with_a_backward_tell_what_they_keep(record: dict) -> None:
+    tables = attention.text({**record, "goals": []}).split("\n\n")[: 2 * len(TINY)]
+    told = ["kept MiB" in table for table in tables]
+    assert told == ["forward+backward" in table for table in tables] == [False, True] * len(TINY)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--out", "x.csv"], "must end in .json"), (["--quick", "--rounds", "3"], "rounds 3 is too")],
+    [(["--out", "x.csv"], "must end in .json"), (["--rounds", "5"], "rounds 5 is too few")],
 )
 def test_mistakes_are_named(
     flags: list[str], message: str, capsys: pytest.CaptureFixture[str]

@@ -44,6 +44,12 @@ def test_the_tables_name_every_size_and_goal(record: dict) -> None:
     assert all(goal["goal"] in told for goal in record["goals"])
 
 
+def test_only_passes_with_a_backward_tell_what_they_keep(record: dict) -> None:
+    tables = bench.text({**record, "goals": []}).split("\n\n")
+    told = ["kept MiB" in table for table in tables]
+    assert told == ["forward+backward" in table for table in tables] and True in told
+
+
 def test_the_bytes_kept_by_the_dense_ffn_are_the_four_that_autograd_saves() -> None:
     (size,) = bench.QUICK_ONE
     block = bench._blocks(size)[bench.DENSE]
@@ -85,3 +91,11 @@ def test_the_geometric_mean_is_taken_round_by_round() -> None:
 def test_an_output_that_is_no_json_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--out", str(Path("x.txt"))]) == 2
     assert "must end in .json" in capsys.readouterr().err
+
+
+def test_too_few_rounds_for_an_interval_are_refused_before_anything_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert bench.main(["--rounds", str(MIN_ROUNDS - 1)]) == 2
+    told = capsys.readouterr().err
+    assert "rounds 5 is too few" in told and "measuring" not in told

@@ -12,6 +12,7 @@ from experiments.granularity_shared import (
     ARMS,
     EXPERIMENT,
     GRANULARITY,
+    QUESTION,
     SURGERIES,
     conditions,
     gather,
@@ -20,6 +21,7 @@ from experiments.granularity_shared import (
     plan,
     run,
 )
+from experiments.lab.begun import keep_settings
 from experiments.lab.question import Options
 from experiments.lab.rules import combined
 from sft.run import Run
@@ -33,6 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The jobs run here, one by one; the command then finds them done and goes on to the report."""
     folder = tmp_path_factory.mktemp(EXPERIMENT) / "run"
     Run.create(folder, EXPERIMENT, OPTIONS.identity, out=folder)
+    keep_settings(folder, QUESTION.settings)
     for job in plan(OPTIONS, folder):
         job.function(*job.arguments)
     run(replace(OPTIONS, resume=folder))
@@ -68,6 +71,7 @@ def test_surgery_changes_what_it_names_and_trains_nothing(
     assert active["shared_replaced"] == active["shared"] > active["shared_dropped"]
     (lab,) = labs(OPTIONS, finished)
     assert not lab.stage("shared_replaced").exists()
+    assert losses["g2_dropped"] != losses["g2"] and active["g2_dropped"] < active["g2"]
 
 
 def test_the_router_takes_a_growing_share_of_the_flops(
@@ -105,6 +109,8 @@ def flat(levels: Mapping[str, Mapping[str, float]]) -> Arms:
         ({"shared_replaced": 1.85}, "INCONCLUSIVE"),
         ({"shared_replaced": 1.7}, "NOT REPRODUCED"),
         ({"g2": 2.1, "g4": 2.2, "g8": 2.3}, "NOT REPRODUCED"),
+        # The loss falls once and rises again: no level that it goes to.
+        ({"g2": 1.7, "g4": 1.8, "g8": 1.9}, "NOT REPRODUCED"),
         # Each split gains more than the one before it: no exponent above 0 has g above 0.
         ({"g2": 1.95, "g4": 1.85, "g8": 1.65}, "NOT REPRODUCED"),
     ],

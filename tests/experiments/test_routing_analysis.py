@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from experiments.lab import grid
+from experiments.lab.begun import keep_settings
 from experiments.lab.question import Options
 from experiments.lab.routing_measures import ARMS, high
 from experiments.lab.routing_text import MARKS, SCALES, SHARES, at_mark, prepare, train_job
@@ -16,6 +17,8 @@ from experiments.lab.rules import combined
 from experiments.routing_analysis import (
     EARLY,
     METRIC,
+    QUESTION,
+    above_chance,
     arm_metrics,
     conditions,
     gather,
@@ -34,6 +37,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The jobs run here, one by one; the command then finds them done and goes on to the report."""
     folder = tmp_path_factory.mktemp("routing_analysis") / "run"
     Run.create(folder, "routing_analysis", OPTIONS.identity, out=folder)
+    keep_settings(folder, QUESTION.settings)
     for job in plan(OPTIONS, folder):
         job.function(*job.arguments)
     run(replace(OPTIONS, resume=folder))
@@ -143,41 +147,73 @@ def test_an_interrupted_training_keeps_the_same_marks(
 # --- the rule ------------------------------------------------------------------------------------
 
 
-def routing_of(first: list[float], *, domain: float) -> dict[str, Any]:
+def routing_of(
+    first: list[float], *, domain: float, before: list[float] | None = None, at_start: float = 0.005
+) -> dict[str, Any]:
     """Three seeds alike: rates per layer over a shuffled 0.15, a divergence over 0.01."""
+    levels = {"trained": (first, domain), "initial": (before or [0.15] * 4, at_start)}
     return {
-        "repeat_first": [first] * 3,
-        "repeat_first_shuffled": [[0.15] * 4] * 3,
-        "domain_jsd": [[domain] * 4] * 3,
-        "domain_jsd_high": [[0.01] * 4] * 3,
+        arm: {
+            "repeat_first": [rates] * 3,
+            "repeat_first_shuffled": [[0.15] * 4] * 3,
+            "domain_jsd": [[jsd] * 4] * 3,
+            "domain_jsd_high": [[0.01] * 4] * 3,
+        }
+        for arm, (rates, jsd) in levels.items()
     }
 
 
-def settled(early: list[float], *, after: float = 0.8) -> list[dict[str, Any]]:
-    rows = [[0.3] * 4, [0.4] * 4, [0.45] * 4, early, [after] * 4, [0.9] * 4, [1.0] * 4]
-    return [{"share": rows, "uniform": 0.25}] * 3
+def settled(
+    early: list[float], *, after: float = 0.8, start: float = 0.3, use: float = 0.25
+) -> list[dict[str, Any]]:
+    rows = [[start] * 4, [0.4] * 4, [0.45] * 4, early, [after] * 4, [0.9] * 4, [1.0] * 4]
+    return [{"share": rows, "by_usage": [[use] * 4] * len(MARKS), "uniform": 0.25}] * 3
 
 
 MIDDLE = [0.16, 0.2, 0.2, 0.17]
+EARLIER = [0.5, 0.6, 0.6, 0.6]
+
+
+def word(routing: dict[str, Any], seeds: list[dict[str, Any]]) -> str:
+    return combined([condition.word for condition in conditions(routing, seeds)])
 
 
 @pytest.mark.parametrize(
     ("first", "domain", "early", "after", "expected"),
     [
-        (MIDDLE, 0.1, [0.5, 0.6, 0.6, 0.6], 0.8, "REPRODUCED"),
-        ([0.16, 0.17, 0.17, 0.17], 0.1, [0.5, 0.6, 0.6, 0.6], 0.8, "INCONCLUSIVE"),
-        ([0.3, 0.2, 0.2, 0.2], 0.1, [0.5, 0.6, 0.6, 0.6], 0.8, "NOT REPRODUCED"),
-        (MIDDLE, 0.005, [0.5, 0.6, 0.6, 0.6], 0.8, "NOT REPRODUCED"),
+        (MIDDLE, 0.1, EARLIER, 0.8, "REPRODUCED"),
+        ([0.16, 0.17, 0.17, 0.17], 0.1, EARLIER, 0.8, "INCONCLUSIVE"),
+        ([0.3, 0.2, 0.2, 0.2], 0.1, EARLIER, 0.8, "NOT REPRODUCED"),
+        (MIDDLE, 0.004, EARLIER, 0.8, "NOT REPRODUCED"),
         (MIDDLE, 0.1, [0.6, 0.6, 0.6, 0.5], 0.8, "NOT REPRODUCED"),
-        (MIDDLE, 0.1, [0.41, 0.45, 0.45, 0.45], 0.8, "NOT REPRODUCED"),
-        (MIDDLE, 0.1, [0.5, 0.6, 0.6, 0.6], 0.5, "NOT REPRODUCED"),
+        (MIDDLE, 0.1, [0.46, 0.47, 0.47, 0.47], 0.8, "INCONCLUSIVE"),
+        (MIDDLE, 0.1, EARLIER, 0.5, "NOT REPRODUCED"),
     ],
 )
 def test_the_verdict_follows_its_rule(
     first: list[float], domain: float, early: list[float], after: float, expected: str
 ) -> None:
-    found = conditions(routing_of(first, domain=domain), settled(early, after=after))
-    assert combined([condition.word for condition in found]) == expected
+    assert word(routing_of(first, domain=domain), settled(early, after=after)) == expected
+
+
+def test_what_an_untrained_router_has_too_is_not_the_trainings() -> None:
+    same = routing_of(MIDDLE, domain=0.1, before=MIDDLE, at_start=0.1)
+    found = {
+        c.claim.split(",")[0].split(" (")[0]: c.word for c in conditions(same, settled(EARLIER))
+    }
+    unmoved = ("First choices repeat in the middle layers", "Domains use experts differently")
+    assert [found[claim] for claim in unmoved] == ["INCONCLUSIVE", "INCONCLUSIVE"]
+    assert word(routing_of(MIDDLE, domain=0.1, at_start=0.2), settled(EARLIER)) == "NOT REPRODUCED"
+
+
+def test_what_is_settled_is_over_the_start_and_over_the_use_of_experts() -> None:
+    (held, *_) = settled(EARLIER, start=0.3, use=0.25)
+    assert above_chance(held) == pytest.approx(0.575 - 0.3)
+    (held, *_) = settled(EARLIER, start=0.3, use=0.5)
+    assert above_chance(held) == pytest.approx(0.575 - 0.5)
+    trained = routing_of(MIDDLE, domain=0.1)
+    assert word(trained, settled(EARLIER, use=0.5)) == "INCONCLUSIVE"
+    assert word(trained, settled(EARLIER, use=0.7)) == "NOT REPRODUCED"
 
 
 def test_the_smallest_rise_leaves_the_untrained_model_out() -> None:

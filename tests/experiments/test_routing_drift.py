@@ -9,8 +9,10 @@ import torch
 
 from experiments import routing_drift
 from experiments.lab.drift_measures import change_L, preferred_use, token_kl
-from experiments.lab.drift_summary import STAGES, compare_all, gather, verdict_word
-from experiments.routing_drift import Config, main, plan
+from experiments.lab.drift_summary import REDRAWN, STAGES, compare_all, verdict_word
+from experiments.lab.question import MirroredOptions, summarised
+from experiments.lab.tables import console_table, main_table, metrics_table
+from experiments.routing_drift import QUESTION, main, plan
 from moe import MoEConfig, MoEForCausalLM
 from moe.record import RecordedForward, RoutingTrace
 from moe.routing import RouterSpec, route
@@ -93,8 +95,31 @@ def test_the_verdict_follows_from_each_stage_against_its_second_training() -> No
     assert verdict_word(compare_all(arms(partly, 0.1))) == "PARTLY"
 
 
+def test_a_stage_that_is_not_surely_further_than_its_null_is_not_distinguished() -> None:
+    nearer = {stage: [0.5, 0.51, 0.52] for stage in STAGES}
+    assert {row["word"] for row in compare_all(arms(nearer, 0.9))} == {"NOT DISTINGUISHED"}
+    two = arms({stage: [0.5, 0.51] for stage in STAGES}, 0.1)
+    two |= {f"{stage}_reseeded": {"routing_change": [0.1, 0.1]} for stage in STAGES}
+    assert {row["word"] for row in compare_all(two)} == {"NOT DISTINGUISHED"}  # no interval
+
+
+def test_every_stage_stands_above_its_own_null_and_the_null_says_what_it_redraws() -> None:
+    changes = {stage: [0.5, 0.51, 0.52] for stage in STAGES}
+    found = arms(changes, 0.1)
+    for stage in STAGES:
+        found[stage]["token_kl"] = [1.0, 1.0, 1.0]
+    summary = {"seeds": [0, 1, 2], "arms": found, "comparisons": compare_all(found)}
+    rows = main_table(summary).rows
+    assert [row[0] for row in rows[:4]] == ["SFT", "SFT twice", "RM", "RM twice"]
+    assert [row[1] for row in rows] == [x for stage in STAGES for x in ("", REDRAWN[stage])]
+    assert {row[-1] for row in rows} == {"MOVED", ""}
+    assert not {"-", "not compared", "baseline"} & {cell for row in rows for cell in row}
+    assert metrics_table(summary).header == ("metric", "SFT", "RM", "DPO", "PPO")
+    assert console_table(summary).row_count == 8
+
+
 def test_the_whole_grid_runs_resumes_and_ends_in_the_same_summary(tmp_path: Path) -> None:
-    config = Config(seeds=(3,), scale="debug", mirror="none")
+    config = MirroredOptions(seeds=(3,), scale="debug", mirror="none")
     summaries = []
     for name in ("first", "second"):
         folder = tmp_path / name
@@ -104,7 +129,7 @@ def test_the_whole_grid_runs_resumes_and_ends_in_the_same_summary(tmp_path: Path
             if name == "second":  # a second start finds all done and changes nothing
                 for job in plan(config, folder):
                     job.function(*job.arguments)
-        summaries.append(gather(folder, seeds=config.seeds, identity=config.identity))
+        summaries.append(summarised(QUESTION, config, folder=folder))
     for summary in summaries:
         del summary["timings"]
     assert json.dumps(summaries[0]) == json.dumps(summaries[1])

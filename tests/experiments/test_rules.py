@@ -3,13 +3,15 @@
 import pytest
 
 from experiments.lab.rules import (
+    AtMost,
     Condition,
+    answers_of,
     claims_of,
     combined,
     comparisons,
     falls_in_the_mean,
     gaps,
-    less,
+    relative,
     verdict_of,
 )
 
@@ -20,8 +22,7 @@ def condition(*values: float | None, sign: int = -1, threshold: float = 0.0) -> 
 
 def test_gaps_are_taken_seed_by_seed_and_leave_missing_ones_out() -> None:
     assert gaps([1.0, 2.0, None], [0.5, None, 1.0]) == (0.5, None, None)
-    assert gaps([1.0], [4.0], times=0.5) == (-1.0,)
-    assert less([0.25, None], 0.5) == (-0.25, None)
+    assert relative([1.0, 3.0, None, 1.0], [4.0, 2.0, 1.0, 0.0]) == (-0.75, 0.5, None, None)
 
 
 @pytest.mark.parametrize(
@@ -67,12 +68,42 @@ def test_one_contradicted_condition_decides_and_one_open_one_leaves_it_open() ->
     assert combined([yes.word, unsure.word]) == "INCONCLUSIVE"
     assert combined([yes.word, unsure.word, no.word]) == "NOT REPRODUCED"
     assert combined([]) == "INCONCLUSIVE"
-    verdict = verdict_of([yes, condition(-1, -1, -1, threshold=0.2)], rule="r", metric="m")
-    assert verdict == {"word": "REPRODUCED", "rule": "r", "threshold": 0.2, "metric": "m"}
+    further = condition(-1, -1, -1, threshold=0.2)
+    verdict = verdict_of([yes, further], rule="r", metric="m")
+    assert verdict == {"word": "REPRODUCED", "rule": "r", "metric": "m"}
+    assert [claim["threshold"] for claim in claims_of([yes, further])] == [0.0, 0.2]
     assert [claim["verdict"] for claim in claims_of([yes, no])] == ["REPRODUCED", "NOT REPRODUCED"]
 
 
-def test_less_of_a_loss_is_better() -> None:
+@pytest.mark.parametrize(
+    ("costs", "word"),
+    [
+        ([0.01, -0.3, 0.02], "REPRODUCED"),
+        ([0.01, 0.01, 0.03], "INCONCLUSIVE"),
+        ([0.021, 0.022, 0.023], "NOT REPRODUCED"),
+        ([0.01, 0.01, 0.2], "NOT REPRODUCED"),  # 0.073 in the mean
+        ([0.01, None, 0.01], "INCONCLUSIVE"),
+    ],
+)
+def test_a_cost_is_within_its_bound_in_every_seed_or_not(
+    costs: list[float | None], word: str
+) -> None:
+    assert AtMost(claim="c", published="p", gaps=tuple(costs), threshold=0.02).word == word
+
+
+def test_an_answer_says_the_claim_its_word_and_what_it_rests_on() -> None:
+    falls = falls_in_the_mean([[2.0] * 3, [1.5] * 3], claim="It falls", published="p", margin=0.1)
+    found = answers_of([condition(-0.2, -0.2, None, -0.2), condition(-1, None), falls])
+    assert found == [
+        "c: REPRODUCED, -0.200 [-0.200, -0.200], seeds 3.",
+        "c: INCONCLUSIVE, -1.000, no interval, seeds 1.",
+        "It falls: REPRODUCED, -0.500 (steps of the mean over seeds).",
+    ]
+
+
+def test_less_of_a_loss_is_better_and_what_only_describes_is_higher_or_lower() -> None:
     arms = {"a": {"loss": [1.0, 1.1, 1.2]}, "b": {"loss": [2.0, 2.1, 2.2]}}
     (row,) = comparisons(arms, [("a", "b")], metric="loss", margin=0.1)
     assert (row["arm"], row["against"], row["word"]) == ("a", "b", "BETTER")
+    (row,) = comparisons(arms, [("a", "b")], metric="loss", margin=0.1, higher_is_better=None)
+    assert row["word"] == "LOWER"

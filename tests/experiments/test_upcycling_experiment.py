@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from experiments.lab import grid
+from experiments.lab.question import STATE_KEYS, Options, summarised
 from experiments.lab.upcycling_arms import (
     ARMS,
     RATES,
@@ -21,11 +22,9 @@ from experiments.lab.upcycling_tuning import TRIED_ON, choose_start
 from experiments.upcycling import (
     METRIC,
     PAIRS,
-    STATE_KEYS,
+    QUESTION,
     UPCYCLED,
-    Config,
     claims,
-    gather,
     main,
     plan,
     run,
@@ -34,7 +33,7 @@ from experiments.upcycling import (
 from moe.errors import UserError
 from sft.run import Run
 
-CONFIG = Config(seeds=(0,), scale="debug", processes=1)
+CONFIG = Options(seeds=(0,), scale="debug", processes=1)
 
 
 def lab_of(folder: Path) -> Lab:
@@ -48,7 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Run.create(folder, "upcycling", CONFIG.identity, out=folder)
     for job in plan(CONFIG, folder):
         job.function(*job.arguments)
-    run(Config(seeds=(0,), scale="debug", processes=1, resume=folder))
+    run(Options(seeds=(0,), scale="debug", processes=1, resume=folder))
     return folder
 
 
@@ -77,7 +76,7 @@ def test_every_arm_has_its_loss_overall_and_by_domain_and_what_it_cost(
 
 
 def test_gathering_again_gives_the_same_summary(finished: Path, summary: dict[str, Any]) -> None:
-    assert json.loads(json.dumps(gather(CONFIG, finished))) == summary
+    assert json.loads(json.dumps(summarised(QUESTION, CONFIG, folder=finished))) == summary
 
 
 def test_who_goes_on_from_the_dense_model_has_its_tokens_behind_it(
@@ -240,5 +239,5 @@ def test_options_that_contradict_each_other_are_refused(
 
 def test_resuming_with_another_option_is_refused(finished: Path) -> None:
     with pytest.raises(UserError, match="seeds"):
-        run(Config(seeds=(0, 1), scale="debug", resume=finished))
+        run(Options(seeds=(0, 1), scale="debug", resume=finished))
     assert not set(STATE_KEYS) & set(CONFIG.identity)

@@ -18,7 +18,7 @@ from experiments.lab.presets import (
     STORIES_SCALES,
 )
 from experiments.lab.sentiment import compound
-from experiments.lab.tuning import _claim, trials
+from experiments.lab.tuning import trials
 from experiments.lab.world_stories import StoriesWorld
 from experiments.lab.world_tales import TalesWorld
 from experiments.lab.worlds import WorldOptions, open_world, parse_upcycle
@@ -125,13 +125,6 @@ def test_options_of_another_world_are_no_part_of_a_runs_identity() -> None:
     stories = identity(Config(world="stories", model=Path("m"), target="negative"))
     assert stories["model"] == Path("m") and stories["target"] == "negative"
     assert stories["upcycle"] == "8x2"
-
-
-def test_trials_of_other_options_in_one_folder_are_refused(tmp_path: Path) -> None:
-    _claim(tmp_path, {"target": "positive", "lora_rank": 0})
-    _claim(tmp_path, {"target": "positive", "lora_rank": 0})
-    with pytest.raises(UserError, match="target positive there, negative now"):
-        _claim(tmp_path, {"target": "negative", "lora_rank": 0})
 
 
 def test_the_targets_of_stories_differ_in_the_methods_settings_alone() -> None:
