@@ -193,7 +193,7 @@ class LawHolds:
     gaps: tuple[float | None, ...]
     num_seeds: int
     threshold: float = SURE
-    of: str = "share of the resampled fits"
+    of: str = "share of 200 fits to resampled seeds"
 
     @property
     def word(self) -> Any:
@@ -222,7 +222,7 @@ def conditions(
             threshold=FINER,
         ),
         LawHolds(
-            claim="The loss levels off with G as g / G^y + h",
+            claim="The loss follows g / G^y + h at a finite y above 0 and levels off",
             published="y = 0.58 (Krajewski et al. 2024)",
             gaps=(law["share_that_levels_off"],),
             num_seeds=len(loss_by_seed(arms)),
@@ -276,8 +276,10 @@ def law_notes(
     )
     return [
         f"Fit to the mean over seeds: L(G) = {law['g']:.4f} / G^{law['y']:g} + {law['h']:.4f}"
-        f"{end}, off by {law['residual']:.4f} nats; it falls and levels off in "
-        f"{law['share_that_levels_off']:.0%} of {law['bootstraps']} resamplings of the seeds.",
+        f"{end}, off by {law['residual']:.4f} nats; at a "
+        f"finite y it falls and levels off in {law['share_that_levels_off']:.1%} of "
+        f"{law['bootstraps']} resamplings of the seeds; y is above 0 in "
+        f"{sum(y > 0 for y in law['y_bootstrap'])} of them.",
         f"Share of the router in the forward FLOPs: {shares}.",
     ]
 

@@ -356,6 +356,7 @@ def judge_surgery(lab: Lab, arm: str, *, of: str, changed: Design) -> None:
     metrics = judged_metrics(
         model, loss[0], best=best, tokens=training["metrics"]["tokens_trained"]
     )
+    metrics["train_gflops"] = training["metrics"]["train_gflops"]  # as it was trained, not cut
     found = {
         **training,
         "metrics": metrics,

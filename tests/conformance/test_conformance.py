@@ -4,7 +4,16 @@ import ast
 from pathlib import Path
 
 import pytest
-from hf_conformance import HERE, STUBS, Outcome, is_listed, problems, read_outcomes, read_skips
+from hf_conformance import (
+    HERE,
+    STUBS,
+    Outcome,
+    is_listed,
+    no_longer_skipped,
+    problems,
+    read_outcomes,
+    read_skips,
+)
 
 REPORT = """<?xml version="1.0"?><testsuites><testsuite name="pytest">
 <testcase classname="tests.models.switchyard.test_modeling_switchyard.ATest" name="test_good"/>
@@ -34,6 +43,13 @@ def test_failures_and_unlisted_skips_are_problems_and_listed_skips_are_not() -> 
         "failed: BTest.test_early: failed on setup",
     ]
     assert "new skip: ATest.test_left: needs a moon" in problems(outcomes, {}, at_least=1)
+
+
+def test_a_listed_test_that_runs_in_every_class_is_named() -> None:
+    passed, skipped = Outcome(kind="passed"), Outcome(kind="skipped", reason="why")
+    outcomes = {"ATest.test_x": passed, "BTest.test_x": skipped, "ATest.test_y": passed}
+    skips = {"test_x": "a", "test_y": "b", "ATest.test_x": "c", "test_gone": "d"}
+    assert no_longer_skipped(outcomes, skips) == ["test_y", "ATest.test_x"]
 
 
 def test_finding_hardly_any_test_is_a_problem() -> None:
