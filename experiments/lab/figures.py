@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.lab import plots
+from experiments.lab import plots, routing_plots
 from experiments.lab.plots import in_order, label, mean, numbers
+from experiments.lab.routing_plots import Moved
 from experiments.lab.runfiles import RunFiles
 from experiments.lab.tables import METRICS, Table, main_metric, seed_at, seeds_table, show
 
 MAX_TABLE_STEPS = 11
 MAX_TABLE_CELLS = 4000
 CURVES_PER_STAGE = 4
+STRONGEST_PAIRS = 3  # per layer, in the table
 
 DRIFT = {
     "jaccard_from_sft": "Jaccard with SFT (1: same)",
@@ -28,6 +30,7 @@ DRIFT = {
     "change_between_seeds": "changed between seeds",
     "chosen_rejected_jsd": "chosen, rejected (bits)",
 }
+CHANGES = ("change_from_start", "change_between_seeds")  # held against each other: one y axis
 # One curve for each kind of metric, in this order, so that one stage's many losses leave room.
 CURVES = (
     r"^reward/score$",
@@ -67,7 +70,11 @@ def build_figures(run: RunFiles, *, png_folder: Path | None = None) -> list[Repo
         figures.append(_curve_figure(run, stage, name, file=file, png=png(file)))
     figures.append(_frontier_figure(run, png("frontier")))
     figures.append(_experts_figure(run, png("experts")))
+    figures.append(_settled_figure(run, png("settled")))
+    figures.append(_repeats_figure(run, png("repeats")))
+    figures.append(_partners_figure(run, png("coactivation")))
     figures.append(_drift_figure(run, png("drift")))
+    figures.append(_change_figure(run, png("change_against_kl")))
     figures.append(_minutes_figure(run, png("minutes")))
     return [figure for figure in figures if figure is not None]
 
@@ -222,6 +229,132 @@ def _experts_figure(run: RunFiles, png: Path | None) -> ReportFigure | None:
     )
 
 
+def _settled_figure(run: RunFiles, png: Path | None) -> ReportFigure | None:
+    seeds = [seed for seed in run.summary.get("saturation") or () if seed]
+    if not seeds:
+        return None
+    marks = seeds[0]["marks"]
+    share_SML, chance_SML = [s["share"] for s in seeds], [s["by_usage"] for s in seeds]
+    rows, said = [], []
+    for layer in range(len(share_SML[0][0])):
+        told = []
+        for place, mark in enumerate(marks):
+            here = numbers(share_ML[place][layer] for share_ML in share_SML)
+            chance = numbers(chance_ML[place][layer] for chance_ML in chance_SML)
+            cells = (mean(here), min(here), max(here)) if here else (None,) * 3
+            rows.append(
+                (
+                    str(layer),
+                    f"{mark * 100:g} %",
+                    *map(show, cells),
+                    show(mean(chance) if chance else None),
+                )
+            )
+            told.append(show(cells[0]))
+        said.append(f"layer {layer} {', '.join(told)}")
+    at = ", ".join(f"{mark * 100:g}" for mark in marks)
+    return ReportFigure(
+        section="Experts",
+        name="settled",
+        alt=f"Line chart of the share of a token's final experts that it already has, at {at} % of "
+        f"the training, a line per layer. {'; '.join(said)}.",
+        caption="Share of a token's final experts that it already has. Lines: mean over seeds; "
+        "bands: from the lowest to the highest seed. Dashed: what independent tokens of the same "
+        "use of experts would share.",
+        svg=routing_plots.settled(share_SML, chance_SML, marks=marks, png=png),
+        table=Table(
+            header=("layer", "of the training", "mean", "min", "max", "by use alone"),
+            rows=tuple(rows),
+            num_names=2,
+        ),
+    )
+
+
+def _repeats_figure(run: RunFiles, png: Path | None) -> ReportFigure | None:
+    routing = run.summary.get("routing") or {}
+    found, chance = (
+        {arm: seeds for arm in in_order(routing) if (seeds := routing[arm].get(name))}
+        for name in ("repeat_first", "repeat_first_shuffled")
+    )
+    found = {arm: seeds for arm, seeds in found.items() if arm in chance}
+    if not found:
+        return None
+    rows, said = [], []
+    for arm, seeds in found.items():
+        told = []
+        for layer in range(len(seeds[0])):
+            pairs = [(s[layer], c[layer]) for s, c in zip(seeds, chance[arm], strict=True)]
+            gaps = [rate - null for rate, null in pairs]
+            means = [mean(side) for side in zip(*pairs, strict=True)]
+            cells = (*means, mean(gaps), min(gaps), max(gaps))
+            rows.append((label(arm), str(layer), *map(show, cells)))
+            told.append(f"{show(means[0])} against {show(means[1])}")
+        said.append(f"{label(arm)}, layer by layer: {', '.join(told)}")
+    return ReportFigure(
+        section="Experts",
+        name="repeats",
+        alt="Dot charts per layer: how often the next token has the same first choice, against "
+        f"shuffled rows. {'; '.join(said)}.",
+        caption="Share of neighbouring tokens with the same first choice, beside what the same "
+        "tokens in any other order within their row give. Dots: seeds; bars: their means; a line "
+        "joins the two of one seed.",
+        svg=routing_plots.beside_chance(
+            found,
+            chance,
+            name="repeats",
+            found="next token has the same first choice",
+            chance="in shuffled rows",
+            png=png,
+        ),
+        table=Table(
+            header=("arm", "layer", "repeats", "shuffled", "difference", "min", "max"),
+            rows=tuple(rows),
+            num_names=2,
+        ),
+    )
+
+
+def _partners_figure(run: RunFiles, png: Path | None) -> ReportFigure | None:
+    seeds = (run.summary.get("coactivation") or {}).get("trained") or ()
+    place = next((place for place, seed in enumerate(seeds) if seed), None)
+    if place is None:
+        return None
+    seed = f"seed {seed_at(run.summary, place)}"
+    share_LEE, null_LEE = seeds[place]["conditional"], seeds[place]["by_usage"]
+    rows, said = [], []
+    for layer, (share_EE, null_EE) in enumerate(zip(share_LEE, null_LEE, strict=True)):
+        pairs = [
+            (share, null, of, to)
+            for of, both in enumerate(zip(share_EE, null_EE, strict=True))
+            for to, (share, null) in enumerate(zip(*both, strict=True))
+            if of != to and len(numbers([share, null])) == 2
+        ]
+        strongest = sorted(pairs, reverse=True)[:STRONGEST_PAIRS]
+        rows += [(*map(str, (layer, of, to)), show(p), show(q)) for p, q, of, to in strongest]
+        said += [f"layer {layer}, {to} with {of}, {show(p)}" for p, _, of, to in strongest[:1]]
+    return ReportFigure(
+        section="Experts",
+        name="coactivation",
+        alt=f"Heat maps of co-activation after training, expert by expert, one per layer, {seed}. "
+        f"Strongest: {'; '.join(said)}.",
+        caption=f"After training, {seed}: of the tokens that chose the row's expert, the share "
+        "that also chose the column's; even use without preference gives "
+        f"{show(seeds[place]['uniform'])}. The colour compares with what the loads alone give. "
+        "Experts of two seeds need not correspond, so seeds are not averaged here.",
+        svg=plots.pair_maps(
+            {f"layer {layer}": share_EE for layer, share_EE in enumerate(share_LEE)},
+            {f"layer {layer}": null_EE for layer, null_EE in enumerate(null_LEE)},
+            title=f"trained, {seed}",
+            png=png,
+        ),
+        table=Table(
+            header=("layer", "expert", "with", "share", "by the loads alone"),
+            rows=tuple(rows),
+            num_names=3,
+        ),
+    )
+
+
 def _drift_figure(run: RunFiles, png: Path | None) -> ReportFigure | None:
     routing = run.summary.get("routing") or {}
     panels, rows = {}, []
@@ -250,11 +383,49 @@ def _drift_figure(run: RunFiles, png: Path | None) -> ReportFigure | None:
         alt=f"Line charts of routing drift per layer, for {names}.",
         caption="How far each layer's choice of experts moved on the same texts. Lines: mean over "
         "seeds; bands: from the lowest to the highest seed.",
-        svg=plots.drift(panels, png=png),
+        svg=plots.drift(panels, one_scale=[DRIFT[metric] for metric in CHANGES], png=png),
         table=Table(
             header=("metric", "stage", "layer", "mean", "min", "max"),
             rows=tuple(rows),
             num_names=3,
+        ),
+    )
+
+
+def _change_figure(run: RunFiles, png: Path | None) -> ReportFigure | None:
+    arms = run.summary.get("arms") or {}
+    points: dict[str, list[Moved]] = {}
+    rows, said = [], []
+    for stage in in_order(arms):
+        changes = arms[stage].get("routing_change") or ()
+        if "token_kl" not in arms[stage] or not numbers(changes):
+            continue
+        kls = arms[stage]["token_kl"]
+        nulls = arms.get(f"{stage}_reseeded", {}).get("routing_change") or [None] * len(changes)
+        for place, seed in enumerate(zip(kls, changes, nulls, strict=True)):
+            rows.append((label(stage), str(seed_at(run.summary, place)), *map(show, seed)))
+            if numbers(seed[1:2]):
+                points.setdefault(stage, []).append(Moved(*seed))
+        means = [mean(v) if (v := numbers(side)) else None for side in (kls, changes, nulls)]
+        at = "without KL" if means[0] is None else f"at KL {show(means[0])}"
+        said.append(
+            f"{label(stage)} {show(means[1])} {at}, between its two trainings {show(means[2])}"
+        )
+    if not numbers(point.kl for seeds in points.values() for point in seeds):
+        return None
+    return ReportFigure(
+        section="Routing drift",
+        name="change_against_kl",
+        alt="Scatter chart of the share of chosen experts that changed from a stage's start, "
+        f"against KL from that start per token. Means: {'; '.join(said)}.",
+        caption="Filled: a seed's change from the start of the stage, mean over layers. Hollow, at "
+        "the same KL: the change between two trainings of the stage from that start, its null. A "
+        "stage without a next token has no KL and stands apart.",
+        svg=routing_plots.change_against_kl(points, png=png),
+        table=Table(
+            header=("stage", "seed", "KL per token", "changed", "between its two trainings"),
+            rows=tuple(rows),
+            num_names=2,
         ),
     )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -194,7 +194,7 @@ def learning_curves(
 
     splits = splits_of(rows_by_arm_seed, name, stage)
     looks = styles(rows_by_arm_seed)
-    with _figure(f"curve {title} {stage} {name}", (HALF_WIDTH, 2.8)) as figure:
+    with drawing(f"curve {title} {stage} {name}", (HALF_WIDTH, 2.8)) as figure:
         axes = figure.subplots()
         for arm in in_order(rows_by_arm_seed):
             for split in splits:
@@ -222,7 +222,7 @@ def learning_curves(
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend()
-        return _finish(figure, png)
+        return finished(figure, png)
 
 
 def splits_of(
@@ -284,7 +284,7 @@ def frontier(
     the right still rises. Seeds are faint, the mean at equal steps is strong, its last point large.
     """
     looks = styles(points_by_arm)
-    with _figure("frontier", (FULL_WIDTH, 3.5)) as figure:
+    with drawing("frontier", (FULL_WIDTH, 3.5)) as figure:
         panels = figure.subplots(1, 2, sharex=True)
         sides = (("gold", "gold reward"), ("proxy", "proxy reward (learned)"))
         for axes, (key, title) in zip(panels, sides, strict=True):
@@ -297,7 +297,7 @@ def frontier(
             handles, texts = panels[1].get_legend_handles_labels()
         if handles:
             figure.legend(handles, texts, loc="outside lower center", ncols=len(handles))
-        return _finish(figure, png)
+        return finished(figure, png)
 
 
 def _frontier_line(
@@ -340,7 +340,7 @@ def heat_map(
     rows = math.ceil(len(stages) / columns)
     layer_height = min(0.3, 4.0 / num_layers)
     height = rows * (num_layers * layer_height + 0.75) + (0.75 if title else 0.5)
-    with _figure(f"heat map {title}", (FULL_WIDTH, height)) as figure:
+    with drawing(f"heat map {title}", (FULL_WIDTH, height)) as figure:
         panels = figure.subplots(rows, columns, squeeze=False)
         small = num_experts * columns <= 24 and num_layers <= 24
         as_picture = num_layers * num_experts * len(stages) > MAX_VECTOR_CELLS
@@ -363,7 +363,7 @@ def heat_map(
         )
         if title:
             figure.suptitle(title)
-        return _finish(figure, png)
+        return finished(figure, png)
 
 
 def pair_maps(
@@ -387,7 +387,7 @@ def pair_maps(
     columns = max(1, min(len(names), int(FULL_WIDTH / side), 4))
     rows = math.ceil(len(names) / columns)
     height = rows * (side + 0.1) + 0.8
-    with _figure(f"pair maps {title}", (max(columns * side + 0.4, HALF_WIDTH), height)) as figure:
+    with drawing(f"pair maps {title}", (max(columns * side + 0.4, HALF_WIDTH), height)) as figure:
         panels = figure.subplots(rows, columns, squeeze=False)
         cells = sum(len(share) ** 2 for share in share_EE_by_panel.values())
         for panel, name in zip(panels.flat, names, strict=False):
@@ -405,7 +405,7 @@ def pair_maps(
             )
             if not small:
                 for axis in (panel.xaxis, panel.yaxis):
-                    _whole_ticks(axis, len(share), 8)
+                    whole_ticks(axis, len(share), 8)
             panel.set_aspect("equal")
             panel.set_title(name)
         for panel in panels.flat[len(names) :]:
@@ -423,7 +423,7 @@ def pair_maps(
         )
         if title:
             figure.suptitle(title)
-        return _finish(figure, png)
+        return finished(figure, png)
 
 
 def _ratio_bar(
@@ -496,8 +496,8 @@ def _heat_panel(
             ink = _ink(colors(scale(shown_LE[layer, expert])))
             text = "0" if value == 0 else f"{value:.2f}" if value < 9.95 else f"{value:.0f}"
             axes.text(expert, layer, text, ha="center", va="center", fontsize=7.5, color=ink)
-    _whole_ticks(axes.xaxis, num_experts, 16)
-    _whole_ticks(axes.yaxis, num_layers, 12)
+    whole_ticks(axes.xaxis, num_experts, 16)
+    whole_ticks(axes.yaxis, num_layers, 12)
     axes.grid(False)
     axes.tick_params(length=0)
     for spine in axes.spines.values():
@@ -505,7 +505,7 @@ def _heat_panel(
     return shade
 
 
-def _whole_ticks(axis: Any, count: int, most: int) -> None:
+def whole_ticks(axis: Any, count: int, most: int) -> None:
     axis.set_ticks(range(0, count, max(1, math.ceil(count / most))))
 
 
@@ -520,16 +520,23 @@ def drift(
     layers_by_metric: Mapping[str, Mapping[str, Sequence[Sequence[float | None]]]],
     *,
     name: str = "drift",
+    one_scale: Collection[str] = (),
     png: Path | None = None,
 ) -> str:
     """Distance of routing from the SFT model per layer: {title: {stage: [[per layer] per seed]}}.
 
     One panel per title, one line per stage (mean), a band from min to max over seeds.
     name: salts the ids, so that two such figures can share a page.
+    one_scale: the titles whose panels share one y axis.
     """
     looks = styles(stage for stages in layers_by_metric.values() for stage in stages)
-    with _figure(name, (FULL_WIDTH, 3.2)) as figure:
+    with drawing(name, (FULL_WIDTH, 3.2)) as figure:
         panels = figure.subplots(1, len(layers_by_metric), squeeze=False)[0]
+        alike = [
+            axes for axes, title in zip(panels, layers_by_metric, strict=True) if title in one_scale
+        ]
+        for axes in alike[1:]:
+            axes.sharey(alike[0])
         for axes, (title, stages) in zip(panels, layers_by_metric.items(), strict=True):
             num_layers = 0
             for stage in in_order(stages):
@@ -549,11 +556,11 @@ def drift(
                 axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.15, lw=0)
             axes.set_title(title)
             axes.set_xlabel("layer")
-            _whole_ticks(axes.xaxis, num_layers, 12)
+            whole_ticks(axes.xaxis, num_layers, 12)
         handles, texts = panels[0].get_legend_handles_labels()
         if handles:
             figure.legend(handles, texts, loc="outside lower center", ncols=min(len(handles), 6))
-        return _finish(figure, png)
+        return finished(figure, png)
 
 
 def stage_minutes(
@@ -562,7 +569,7 @@ def stage_minutes(
     """Minutes of wall time per stage: a bar for the mean over seeds, a dot per seed."""
     stages = [stage for stage in in_order(seconds_by_stage) if numbers(seconds_by_stage[stage])]
     minutes = {s: [value / 60 for value in numbers(seconds_by_stage[s])] for s in stages}
-    with _figure("minutes", (FULL_WIDTH, 0.9 + 0.3 * len(stages))) as figure:
+    with drawing("minutes", (FULL_WIDTH, 0.9 + 0.3 * len(stages))) as figure:
         axes = figure.subplots()
         for y, stage in enumerate(stages):
             middle = mean(minutes[stage])
@@ -579,7 +586,7 @@ def stage_minutes(
         axes.set_xlabel("minutes (bar: mean, dots: seeds)")
         axes.margins(x=0.08)
         axes.set_xlim(left=0)
-        return _finish(figure, png)
+        return finished(figure, png)
 
 
 def bars(
@@ -595,7 +602,7 @@ def bars(
     """
     arms = [arm for arm in in_order(values_by_arm) if numbers(values_by_arm[arm])]
     looks = styles(values_by_arm)
-    with _figure(f"bars {metric}", (FULL_WIDTH, 0.9 + 0.42 * len(arms))) as figure:
+    with drawing(f"bars {metric}", (FULL_WIDTH, 0.9 + 0.42 * len(arms))) as figure:
         axes = figure.subplots()
         for y, arm in enumerate(arms):
             values = numbers(values_by_arm[arm])
@@ -609,7 +616,7 @@ def bars(
         _named_rows(axes, [label(arm) for arm in arms])
         axes.axvline(0, color="#444444", lw=0.8)
         axes.set_xlabel(f"{metric} (bar: mean, dots: seeds, whisker: 95 % interval)")
-        return _finish(figure, png)
+        return finished(figure, png)
 
 
 def _named_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -620,7 +627,7 @@ def _named_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def _figure(name: str, size: tuple[float, float]) -> Iterator[Figure]:
+def drawing(name: str, size: tuple[float, float]) -> Iterator[Figure]:
     """A figure under the house's settings; `name` salts its ids, so that two can share a page."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -661,7 +668,7 @@ def _figure(name: str, size: tuple[float, float]) -> Iterator[Figure]:
         yield Figure(figsize=size, layout="constrained")
 
 
-def _finish(figure: Figure, png: Path | None) -> str:
+def finished(figure: Figure, png: Path | None) -> str:
     """The figure as SVG without date, version or ids that nothing points to; a PNG beside it."""
     text = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}

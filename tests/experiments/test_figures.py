@@ -118,3 +118,103 @@ def test_timings_are_read_nested_or_flat_and_without_memory() -> None:
     timings = {"seconds": {"sft": [1.0, None]}, "dpo": {"train": [2.0]}, "rm": 3, "peak_bytes": 9}
     assert stage_seconds(timings) == {"sft": [1.0, None], "dpo/train": [2.0], "rm": [3]}
     assert stage_seconds({"sft": [None], "ppo": {"peak_mib": [1.0]}}) == {}
+
+
+ROUTER: Summary = {
+    "seeds": [3, 4],
+    "routing": {
+        "trained": {
+            "repeat_first": [[0.3, 0.5], [0.5, 0.5]],
+            "repeat_first_shuffled": [[0.2, 0.5], [0.1, 0.5]],
+        },
+    },
+    "saturation": [
+        {"marks": [0.0, 0.5, 1.0], "share": [[0.2], [0.4], [1.0]], "by_usage": [[0.25]] * 3},
+        {"marks": [0.0, 0.5, 1.0], "share": [[0.4], [0.8], [1.0]], "by_usage": [[0.35]] * 3},
+    ],
+    "coactivation": {
+        "trained": [
+            {
+                "conditional": [[[1.0, 0.9, 0.1], [0.6, 1.0, 0.4], [0.2, 0.8, 1.0]]],
+                "by_usage": [[[1.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.5, None, 1.0]]],
+                "uniform": 0.5,
+            }
+        ]
+        * 2
+    },
+}
+
+
+def test_a_routers_habits_are_drawn_where_the_summary_has_them() -> None:
+    figures = {figure.name: figure for figure in build_figures(run_of(ROUTER))}
+    assert list(figures) == ["settled", "repeats", "coactivation"]
+    assert {figure.section for figure in figures.values()} == {"Experts"}
+    for figure in figures.values():
+        assert {len(row) for row in figure.table.rows} == {len(figure.table.header)}
+    for key in ("saturation", "coactivation"):
+        less = {name: value for name, value in ROUTER.items() if name != key}
+        assert len(build_figures(run_of(less))) == 2
+    alone = {"routing": {"trained": {"repeat_first": [[0.3]]}}}  # without its chance level
+    assert build_figures(run_of(alone)) == []
+
+
+def test_what_is_settled_is_the_mean_and_range_over_seeds_per_mark() -> None:
+    settled = build_figures(run_of(ROUTER))[0]
+    assert settled.table.rows[1] == ("0", "50 %", "0.60", "0.40", "0.80", "0.30")
+    assert "at 0, 50, 100 % of the training" in settled.alt
+    assert "layer 0 0.30, 0.60, 1." in settled.alt
+
+
+def test_repeats_are_held_against_the_shuffled_rows_of_their_own_seed() -> None:
+    repeats = build_figures(run_of(ROUTER))[1]
+    assert repeats.table.rows[0] == ("trained", "0", "0.40", "0.15", "0.25", "0.10", "0.40")
+    assert "trained, layer by layer: 0.40 against 0.15, 0.50 against 0.50." in repeats.alt
+
+
+def test_partners_are_of_the_first_seed_strongest_first_and_never_an_expert_with_itself() -> None:
+    partners = build_figures(run_of(ROUTER))[2]
+    assert "seed 3" in partners.caption
+    assert "Strongest: layer 0, 1 with 0, 0.90." in partners.alt
+    # (2, 1) at 0.8 has no null.
+    assert partners.table.rows == (
+        ("0", "0", "1", "0.90", "0.50"),
+        ("0", "1", "0", "0.60", "0.50"),
+        ("0", "1", "2", "0.40", "0.50"),
+    )
+
+
+MOVED: Summary = {
+    "seeds": [3, 4],
+    "arms": {
+        "sft": {"routing_change": [0.5, 0.25], "token_kl": [3.0, 1.0]},
+        "sft_reseeded": {"routing_change": [0.25, 0.05]},
+        "rm": {"routing_change": [0.5, None], "token_kl": [None, None]},
+    },
+}
+
+
+def test_change_stands_against_kl_with_its_null_and_a_stage_without_kl_is_told() -> None:
+    (change,) = [f for f in build_figures(run_of(MOVED)) if f.name == "change_against_kl"]
+    assert change.section == "Routing drift"
+    assert change.table.rows == (
+        ("SFT", "3", "3", "0.50", "0.25"),
+        ("SFT", "4", "1", "0.25", "0.050"),
+        ("RM", "3", "-", "0.50", "-"),
+        ("RM", "4", "-", "-", "-"),
+    )
+    assert "SFT 0.38 at KL 2, between its two trainings 0.15; RM 0.50 without KL" in change.alt
+
+
+def test_no_change_is_drawn_against_a_kl_that_no_stage_has() -> None:
+    for arm in (MOVED["arms"]["rm"], {"routing_change": [0.5]}):
+        assert not [
+            figure
+            for figure in build_figures(run_of({"seeds": [3], "arms": {"rm": arm}}))
+            if figure.name == "change_against_kl"
+        ]
+
+
+def test_the_change_from_the_start_and_between_seeds_share_their_y_axis() -> None:
+    routing = {"sft": {"change_from_start": [[0.5]], "change_between_seeds": [[40.0]]}}
+    (drift,) = build_figures(run_of({"routing": routing}))
+    assert drift.svg.count(">40<") == 2

@@ -184,6 +184,13 @@ def test_names_are_shown_as_they_are_and_never_as_formulas() -> None:
     assert any("x & y" in text for text in texts(svg))
 
 
+def test_drift_panels_that_are_compared_share_one_y_axis() -> None:
+    panels = {"a": {"sft": [[0.25]]}, "b": {"sft": [[40.0]]}, "c": {"sft": [[9000.0]]}}
+    apart, alike = (texts(plots.drift(panels, one_scale=one)) for one in ((), ("a", "b")))
+    assert apart.count("40") == 1 and alike.count("40") == 2
+    assert apart.count("9000") == alike.count("9000") == 1
+
+
 def test_known_arms_come_in_the_order_they_are_made_and_keep_their_style() -> None:
     assert plots.in_order(["zeta", "ppo", "sft", "base", "ppo"]) == ["base", "sft", "ppo", "zeta"]
     assert plots.styles(["ppo", "zeta"])["ppo"] == plots.styles(["ppo"])["ppo"]
