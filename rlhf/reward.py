@@ -20,6 +20,7 @@ from moe import MoEConfig, MoEForValue
 from moe.errors import UserError
 from moe.generation import positions
 from moe.heads import init_scalar_head, last_real_position
+from rlhf.intervals import wilson_interval as wilson_interval
 from rlhf.losses.bradley_terry import BradleyTerryLoss
 from sft.adapt import base_of, disable_dropout
 from sft.loss import LossOutput
@@ -258,12 +259,3 @@ def accuracy_of(gap_B: Tensor) -> RewardAccuracy:
 def reward_accuracy(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> RewardAccuracy:
     """Accuracy over batches of the preference collator. Raises ValueError without pairs."""
     return accuracy_of(pair_gaps(model, batches))
-
-
-def wilson_interval(successes: float, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927), 95 % by default."""
-    share = successes / trials
-    middle = share + z * z / (2 * trials)
-    spread = z * (share * (1 - share) / trials + z * z / (4 * trials**2)) ** 0.5
-    scale = 1 + z * z / trials
-    return (middle - spread) / scale, (middle + spread) / scale

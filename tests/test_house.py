@@ -39,7 +39,7 @@ FORBIDDEN_FLAGS = {"shell": True, "trust_remote_code": True, "allow_pickle": Tru
 ROOMS_WITHOUT_A_NAME = {"utils", "util", "common", "helpers", "misc"}
 LIGHT = (
     *("moe", "moe.errors", "sft", "sft.flags", "sft.run", "sft.data", "sft.rows", "sft.train"),
-    *("rlhf", "rlhf.train", "experiments"),
+    *("rlhf", "rlhf.train", "rlhf.label", "experiments"),
 )
 
 
