@@ -1,14 +1,16 @@
-"""The one door to TRL's data functions: shared prompts, unpairing, packing, chat text.
+"""The one door to TRL: its data functions (shared prompts, unpairing, packing, chat text).
 
 Only `trl.data_utils` is imported, inside the functions: the trainers are slow to import and change
-within months, the data functions do not. Inputs that TRL answers wrongly or with an index error
-(nothing in common, nothing at all, a sequence longer than the block) are handled here.
+within months, the data functions do not. `public_trainers` lends those to whoever holds ours beside
+them; nothing trains with them. Inputs that TRL answers wrongly or with an index error (nothing in
+common, nothing at all, a sequence longer than the block) are handled here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moe.errors import UserError
@@ -64,7 +66,7 @@ def unpair(preferences: Sequence[Preference]) -> list[Unpaired]:
         }
         for preference in preferences
     ]
-    with _no_progress_bars():
+    with no_progress_bars():
         unpaired = maybe_unpair_preference_dataset(Dataset.from_list(rows))
     return [
         Unpaired(
@@ -96,7 +98,7 @@ def pack(rows: Sequence[Mapping[str, Sequence[int]]], *, seq_length: int) -> lis
                 "split or cut it before packing, or raise the block length."
             )
     table = Dataset.from_list([{key: list(row[key]) for key in row} for row in rows])
-    with _no_progress_bars():
+    with no_progress_bars():
         packed = pack_dataset(
             table, seq_length=seq_length, strategy="bfd", map_kwargs={"batch_size": len(rows)}
         )
@@ -116,8 +118,49 @@ def as_turns(conversation: Conversation) -> list[Turn]:
     return [{"role": message.role, "content": message.content} for message in conversation]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PublicTrainers:
+    """TRL's trainers for text and what each is configured with, from the installed version."""
+
+    version: str
+    sft: Any
+    sft_config: Any
+    reward: Any
+    reward_config: Any
+    dpo: Any
+    dpo_config: Any
+
+
+def public_trainers() -> PublicTrainers:
+    """TRL's own SFT, reward and DPO trainers. A UserError where they cannot be imported."""
+    try:
+        import trl
+        from trl import (
+            DPOConfig,
+            DPOTrainer,
+            RewardConfig,
+            RewardTrainer,
+            SFTConfig,
+            SFTTrainer,
+        )
+    except ImportError as missing:
+        raise UserError(
+            f"TRL's trainers cannot be imported ({missing}): install trl 1.16 or later."
+        ) from missing
+    return PublicTrainers(
+        version=trl.__version__,
+        sft=SFTTrainer,
+        sft_config=SFTConfig,
+        reward=RewardTrainer,
+        reward_config=RewardConfig,
+        dpo=DPOTrainer,
+        dpo_config=DPOConfig,
+    )
+
+
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
+    """Data sets are made without a bar for each step."""
     import datasets
 
     were_shown = not datasets.are_progress_bars_disabled()
