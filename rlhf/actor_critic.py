@@ -21,6 +21,23 @@ from rlhf.reward import token_scores
 from sft.adapt import base_of
 
 
+class Actor(nn.Module):
+    """A policy that needs no critic, with the interface of the two."""
+
+    critic: nn.Module | None = None
+    is_shared = False
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, num_response: int
+    ) -> tuple[Tensor, None]:
+        """Logits (B, R+1, V) of the last R+1 positions, and no values."""
+        return response_logits(self.policy, input_ids, attention_mask, num_response), None
+
+
 class ActorCritic(nn.Module):
     """critic: a scalar model per token, or None for a value head on the policy's trunk."""
 

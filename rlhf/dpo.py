@@ -1,8 +1,8 @@
-"""Direct preference optimisation: a policy, a reference, a preference loss, nothing generated.
+"""Learning from pairs: a policy, a reference, a loss of `rlhf.losses.table`, nothing generated.
 
 The reference's log-probabilities are computed on the same micro-batch in the same shape, so that at
 step 0 both are equal and the preference term must be the loss's value at the reference (ln 2 for
-DPO); a run where it is not is stopped.
+DPO); a run where it is not is stopped. A loss without a reference costs no reference pass.
 
 Shapes: B pairs, S sequence.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.generation import positions
+from rlhf.alarms import PREFERENCE
 from rlhf.logprobs import sequence_logps, token_logps
 from rlhf.losses import PairLogps, PreferenceLoss
 from rlhf.losses.dpo import DPOLoss
@@ -24,15 +25,16 @@ from sft.loss import LossOutput
 from sft.settings import BalancePolicy, TrainSettings
 from sft.trainer import StageTrainer
 
-STEP_ZERO_TOLERANCE = 1e-4  # float32 sums over some hundred tokens, times beta
+# Float32 sums over some hundred tokens, times beta; of the value where that is above 1 (IPO's).
+STEP_ZERO_TOLERANCE = 1e-4
 
 
 class SelfCheckFailed(RuntimeError):
     """A quantity known beforehand came out otherwise, so the run would measure something else."""
 
 
-def pair_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> PairLogps:
-    """Summed completion log-probabilities of chosen (first half of the rows) and rejected."""
+def completion_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Each row's log-probability summed over its completion, and the tokens of that: (B,) each."""
     mask_BS = batch["attention_mask"]
     outputs = model(
         input_ids=batch["input_ids"],
@@ -41,7 +43,12 @@ def pair_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> PairLogps:
         use_cache=False,
     )
     logp_BS = token_logps(outputs.logits, batch["input_ids"])
-    sum_B, length_B = sequence_logps(logp_BS, batch["completion_mask"])
+    return sequence_logps(logp_BS, batch["completion_mask"])
+
+
+def pair_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> PairLogps:
+    """Summed completion log-probabilities of chosen (first half of the rows) and rejected."""
+    sum_B, length_B = completion_logps(model, batch)
     chosen, rejected = sum_B.chunk(2)
     chosen_length, rejected_length = length_B.chunk(2)
     return PairLogps(
@@ -52,12 +59,25 @@ def pair_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> PairLogps:
     )
 
 
-class DPOTrainer(StageTrainer):
-    """Trains `model` on pairs against `reference`; balance is off unless asked for.
+def check_start(value: float, expected: float) -> None:
+    """Raises SelfCheckFailed unless a loss begins where it must when policy is reference."""
+    if abs(value - expected) > STEP_ZERO_TOLERANCE * max(1.0, expected):
+        raise SelfCheckFailed(
+            f"the preference loss starts at {value:.6f}, not at {expected:.6f}: policy and "
+            "reference are not the same model before the first step."
+        )
 
+
+class DPOTrainer(StageTrainer):
+    """Trains `model` on pairs with any loss of pairs; balance is off unless asked for.
+
+    reference: what the loss measures from; never lent, so `NoReference()` will do, where the loss
+    needs none.
     allow_batch_dependent_routing: train also where a router couples tokens or draws noise; under
     noise the check at step 0 is left out. Raises UserError for such a router without it.
     """
+
+    alarms = PREFERENCE
 
     def __init__(
         self,
@@ -80,7 +100,8 @@ class DPOTrainer(StageTrainer):
         super().__init__(model, settings, **kwargs)
 
     def own_settings(self) -> dict[str, Any]:
-        return {"loss": repr(self.loss), **self.routing_flag}
+        # A sum goes without saying, as in the checkpoints from before there was a choice.
+        return {"loss": repr(self.loss).replace(", normalisation='sum'", ""), **self.routing_flag}
 
     def frozen_models(self) -> Mapping[str, nn.Module]:
         return beside_the_policy(self.reference) if self.loss.needs_reference else {}
@@ -101,13 +122,5 @@ class DPOTrainer(StageTrainer):
         )
         expected = self.loss.value_at_reference
         if self.state.global_step == 0 and expected is not None and not self.is_noisy:
-            self._check_start(float(output.loss.detach()), expected)
+            check_start(float(output.loss.detach()), expected)
         return output
-
-    @staticmethod
-    def _check_start(value: float, expected: float) -> None:
-        if abs(value - expected) > STEP_ZERO_TOLERANCE:
-            raise SelfCheckFailed(
-                f"the preference loss starts at {value:.6f}, not at {expected:.6f}: policy and "
-                "reference are not the same model before the first step."
-            )

@@ -16,6 +16,7 @@ from moe.counters import permutation
 from moe.generation import Rollout, sample
 from moe.record import has_router
 from rlhf.ppo_settings import PPOSettings
+from rlhf.rollout_numerics import sampling_numerics
 from rlhf.routing_watch import rollout_choices
 
 
@@ -25,9 +26,12 @@ class RolloutBuffer:
 
     prompt_BP left-padded with prompt_mask_BP; response_BR right-padded with mask_BR; the per-token
     fields (B, R) are zero where masked: old_logp, ref_logp, value, advantage (whitened if asked,
-    unless that is done by the minibatch), returns. score_B: what the reward source gave, before
-    penalties. value_mask_BR: where value and returns count, if not where mask_BR is true.
+    unless that is done by the minibatch), returns; without a critic value and returns are zero
+    everywhere. The answers to one prompt are `group_size` rows that follow one another. score_B:
+    what the reward source gave, before penalties. value_mask_BR: where value and returns count, if
+    not where mask_BR is true.
     expert_BSLK: int16, the experts of the old-policy pass, sorted along K; None without routers.
+    correction_BR: what the policy's loss is weighed by (`rlhf.mismatch`); None for 1.
     """
 
     prompt_BP: Tensor
@@ -42,6 +46,7 @@ class RolloutBuffer:
     score_B: Tensor
     value_mask_BR: Tensor | None = None
     expert_BSLK: Tensor | None = None
+    correction_BR: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name; those that are None are left out."""
@@ -109,7 +114,7 @@ class Plan:
 
     @property
     def own_episodes(self) -> list[int]:
-        """The episodes of an update that this process draws."""
+        """The episodes of an update that this process draws; it may share a group with others."""
         return list(range(self.process, self.ppo.episodes, self.num_processes))
 
     @property
@@ -148,11 +153,12 @@ def draw(
     *,
     prompt_mask_BP: Tensor,
     sample_ids: Sequence[int],
+    update: int,
     plan: Plan,
     stop_ids: Sequence[int],
     pad_id: int,
 ) -> Drawn:
-    """One completion a prompt, `plan.chunk` prompts at a time.
+    """One completion a prompt, `plan.chunk` prompts at a time, in the sampler's numerics.
 
     A completion's random numbers are its own, so that the chunks change nothing but rounding.
     """
@@ -161,19 +167,20 @@ def draw(
     choices: list[Tensor] = []
     for start in range(0, len(sample_ids), plan.chunk):
         rows = slice(start, start + plan.chunk)
-        rollout = sample(
-            policy,
-            prompt_BP[rows],
-            prompt_mask_BP=prompt_mask_BP[rows],
-            max_new_tokens=plan.ppo.max_new_tokens,
-            temperature=plan.ppo.temperature,
-            stop_ids=stop_ids,
-            seed=plan.seed,
-            purpose="ppo-rollout",
-            sample_ids=sample_ids[rows],
-            pad_id=pad_id,
-            record_routing=routed,
-        )
+        with sampling_numerics(policy, plan.ppo, seed=plan.seed, update=update):
+            rollout = sample(
+                policy,
+                prompt_BP[rows],
+                prompt_mask_BP=prompt_mask_BP[rows],
+                max_new_tokens=plan.ppo.max_new_tokens,
+                temperature=plan.ppo.temperature,
+                stop_ids=stop_ids,
+                seed=plan.seed,
+                purpose="ppo-rollout",
+                sample_ids=sample_ids[rows],
+                pad_id=pad_id,
+                record_routing=routed,
+            )
         if routed:
             choices.append(rollout_choices(rollout, sample_ids[rows]))
         parts.append(replace(rollout, routing=None))  # its logits are large

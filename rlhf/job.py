@@ -15,7 +15,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from rlhf.options import COMMAND, Config
-from rlhf.reference import FrozenAdapter, FrozenCopy, Reference
+from rlhf.reference import FrozenAdapter, FrozenCopy, NoReference, Reference
 from sft.adapt import LoraSpec, adapter_spec, copy_adapter, describe_trainable
 from sft.command import in_force, refuse_idle
 from sft.examples import Examples
@@ -145,7 +145,8 @@ class Policy:
     idle: dict[str, str]
 
 
-def make_policy(job: Job) -> Policy:
+def make_policy(job: Job, *, measured: bool = True) -> Policy:
+    """The policy at its start; without `measured` no frozen copy is kept to measure from."""
     config = job.config
     model = load_causal_lm(job.found)
     check_fit(model, job.text_path, named=config.model)
@@ -164,6 +165,8 @@ def make_policy(job: Job) -> Policy:
         spec = asked_spec(job, model)
         model = adapted(model, spec, seed=config.seed)
         reference = FrozenAdapter(model, None)
+    elif not measured:
+        reference = NoReference()
     else:
         frozen = FrozenCopy(model)
         frozen.model.to(job.device)

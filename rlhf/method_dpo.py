@@ -1,4 +1,4 @@
-"""`rlhf.train --method dpo`: a policy from pairs, without a reward model."""
+"""`rlhf.train --method dpo`: a policy from pairs, without a reward model, by any loss of pairs."""
 
 from dataclasses import asdict
 
@@ -12,7 +12,9 @@ from rlhf.job import (
     sample_prompts,
     save_trained,
 )
-from rlhf.losses.dpo import DPOLoss
+from rlhf.losses import PreferenceLoss
+from rlhf.losses.table import PAIR_LOSSES
+from rlhf.options import LOSSES_OF, Config
 from rlhf.scores import PairScores, score_pairs
 from sft.session import (
     before_and_after,
@@ -21,14 +23,25 @@ from sft.session import (
 )
 
 
+def pair_loss(config: Config) -> PreferenceLoss:
+    """The loss that --loss names, with its options; where one is none, the loss's own default."""
+    given = {
+        name: value
+        for name, losses in LOSSES_OF.items()
+        if config.loss in losses and (value := getattr(config, name)) is not None
+    }
+    return PAIR_LOSSES[config.loss](**given)
+
+
 def train_dpo(job: Job) -> None:
     """Direct preference optimisation of a policy on pairs."""
     config = job.config
     rows, val_rows, data = pair_rows(job)
+    loss = pair_loss(config)
+    name = type(loss).__name__.removesuffix("Loss")
     if rows and "margin" in rows[0]:
-        data.append("the margins are not used: DPO's loss has none")
-    policy = make_policy(job)
-    loss = DPOLoss(beta=config.beta, label_smoothing=config.label_smoothing)
+        data.append(f"the margins are not used: {name}'s loss has none")
+    policy = make_policy(job, measured=loss.needs_reference)
     settings = job.settings(len(rows))
     with job.session(policy.idle) as session:
         trainer = DPOTrainer(
@@ -40,6 +53,7 @@ def train_dpo(job: Job) -> None:
             collator=job.collator,
             allow_batch_dependent_routing=config.allow_batch_dependent_routing,
             balance=policy.balance,
+            freeze_router=config.freeze_router,
             **session.trainer_options(),
         )
         job.header(session, trainer, size=policy.size, data=data)
@@ -56,7 +70,7 @@ def train_dpo(job: Job) -> None:
         seconds = session.fit(trainer, resume=config.resume is not None)
         after, texts_after = look()
         last = latest(trainer)
-        lines = [f"train loss {last['train/loss']:.4f} (ln 2 is 0.6931 at the reference)"]
+        lines = [f"train loss {last['train/loss']:.4f}{at_the_reference(loss)}"]
         if before is not None and after is not None:
             lines.append(
                 f"held-out margin {before.margin:+.4f} -> {after.margin:+.4f}, accuracy "
@@ -73,6 +87,7 @@ def train_dpo(job: Job) -> None:
         session.leave(
             {
                 "method": "dpo",
+                "loss": repr(loss),
                 "steps": settings.max_steps,
                 "train_loss": last["train/loss"],
                 "before": None if before is None else asdict(before),
@@ -83,3 +98,9 @@ def train_dpo(job: Job) -> None:
             seconds=seconds,
         )
         save_trained(job, session, policy.model, lines, state=whole_state(trainer))
+
+
+def at_the_reference(loss: PreferenceLoss) -> str:
+    """What a train loss is to be read beside: its value where the policy has not moved, if any."""
+    value = loss.value_at_reference
+    return "" if value is None else f" ({value:.4f} at the reference)"

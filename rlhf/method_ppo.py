@@ -1,4 +1,4 @@
-"""`rlhf.train --method ppo`: a policy against a reward model that was measured first."""
+"""`rlhf.train --method ppo` and its kin: a policy against a reward model that was measured."""
 
 import json
 from dataclasses import asdict
@@ -52,20 +52,20 @@ EVALUATION_PROMPTS = 64  # held-out prompts that a PPO policy is measured on
 
 
 def train_ppo(job: Job) -> None:
-    """Proximal policy optimisation against a reward model."""
+    """PPO, or with the settings of another method that method, against a reward model."""
     config, text_path = job.config, job.text_path
     assert config.reward_model is not None
     if is_sharded():
         raise UserError(
-            "--method ppo cannot draw answers from a model that is sharded over processes: use "
-            "data parallelism (sft/accelerate/ddp_cpu.yaml, or torchrun)."
+            f"--method {config.method} cannot draw answers from a model that is sharded over "
+            "processes: use data parallelism (sft/accelerate/ddp_cpu.yaml, or torchrun)."
         )
     remark, idle = _check_reward_model(job, config.reward_model)
     policy = make_policy(job)
     reward_model = load_scalar_model(config.reward_model).requires_grad_(False)
     reward = ModelReward(model=reward_model.to(job.device), batch_size=job.micro_batch)
-    critic = _critic(job, policy)
     ppo = config.ppo_settings()
+    critic = _critic(job, policy) if ppo.has_critic else None
     settings = job.settings(
         len(job.train),
         max_steps=ppo.steps,
@@ -97,6 +97,7 @@ def train_ppo(job: Job) -> None:
             ptx_rows=texts,
             allow_batch_dependent_routing=config.allow_batch_dependent_routing,
             balance=policy.balance,
+            freeze_router=config.freeze_router,
             **session.trainer_options(),
         )
         data = [f"{job.train.name}: {len(rows):,} prompts, {len(job.val):,} held out", *rows.notes]
@@ -194,7 +195,7 @@ def _leave(
         session.log(found, step=steps)
     session.leave(
         {
-            "method": "ppo",
+            "method": evaluation.job.config.method,
             "steps": steps,
             **({"skipped_steps": skipped} if trainer.brake.is_on else {}),
             "tokens_generated": trainer.tokens_generated,

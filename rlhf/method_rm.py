@@ -73,6 +73,7 @@ def train_reward_model(job: Job) -> None:
             rows=rows,
             collator=job.collator,
             balance=balance,
+            freeze_router=config.freeze_router,
             **session.trainer_options(),
         )
         job.header(session, trainer, size=size, data=[*data, *_told_rows(rows, demonstrations)])

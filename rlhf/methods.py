@@ -10,9 +10,10 @@ from dataclasses import replace
 from rlhf.dpo import SelfCheckFailed
 from rlhf.job import Job
 from rlhf.method_dpo import train_dpo
+from rlhf.method_kto import train_kto
 from rlhf.method_ppo import train_ppo
 from rlhf.method_rm import train_reward_model
-from rlhf.options import Config
+from rlhf.options import POLICY_GRADIENT, Config
 from sft.data import read_examples, require, split_by_prompt
 from sft.flags import Parsed
 from sft.models import find_model, tokenizer_of
@@ -27,8 +28,9 @@ def train(parsed: Parsed[Config]) -> int:
         return 0
     state = join_processes()
     examples = read_examples(config.data, columns=config.column_names)
-    if config.method != "ppo":
-        require(examples, "preference")
+    if config.method not in POLICY_GRADIENT:
+        judged = config.method == "kto" and examples.kind != "preference"
+        require(examples, "unpaired" if judged else "preference")
     found = find_model(config.model)
     tokenizer = tokenizer_of(found, config.tokenizer)
     text_path = TextPath(
@@ -49,7 +51,8 @@ def train(parsed: Parsed[Config]) -> int:
     methods: dict[str, Callable[[Job], None]] = {
         "rm": train_reward_model,
         "dpo": train_dpo,
-        "ppo": train_ppo,
+        "kto": train_kto,
+        **dict.fromkeys(POLICY_GRADIENT, train_ppo),
     }
     try:
         methods[config.method](job)

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation for language models, inside Hugging Face's loop.
+"""Proximal policy optimisation for language models and its kin, inside Hugging Face's loop.
 
 An update draws completions for a batch of prompts, scores them, and then makes
 epochs x minibatches optimizer steps from that buffer. The loop asks for the micro-batches of its
@@ -14,7 +14,7 @@ Shapes: B episodes of an update, P prompt, R response, S = P + R, L MoE layers, 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from typing import Any
 
 import torch
@@ -23,24 +23,27 @@ from torch import Tensor, nn
 from moe.errors import UserError
 from moe.generation import router_specs
 from moe.router_spec import refuse_undecodable
-from rlhf.actor_critic import ActorCritic
+from rlhf.actor_critic import Actor, ActorCritic
 from rlhf.actor_critic import response_logits as response_logits
 from rlhf.advantage import masked_moments, whiten
+from rlhf.alarms import POLICY
 from rlhf.brake import Brake
 from rlhf.dpo import SelfCheckFailed
 from rlhf.episodes import Plan
 from rlhf.episodes import RolloutBuffer as RolloutBuffer
 from rlhf.kl import KLController
 from rlhf.losses.ppo import explained_variance, ratio_variance
-from rlhf.ppo_objective import Weights, episode_loss
+from rlhf.ppo_objective import Weights, episode_loss, policy_mean
 from rlhf.ppo_settings import PPOSettings as PPOSettings
 from rlhf.ptx import TextMix, num_learned, num_tokens, text_loss
 from rlhf.reference import Reference, beside_the_policy
 from rlhf.reward import ModelReward, RewardSource
 from rlhf.rollout_phase import RolloutPhase
 from rlhf.routing_guard import FLAG, has_noisy_router, refuse_batch_coupling
+from rlhf.routing_replay import refuse_without_choice, replayed
 from rlhf.routing_watch import Watch, flip_metrics, watched
 from sft.adapt import disable_dropout
+from sft.checkpoint import Checkpoint
 from sft.loss import LossOutput
 from sft.settings import BalancePolicy, TrainSettings
 from sft.trainer import StageTrainer
@@ -56,7 +59,8 @@ _PIECES = {
 class PPOTrainer(StageTrainer):
     """policy and critic are trained; reference and reward are not.
 
-    critic: a scalar model per token, or None for a value head on the policy's trunk (12).
+    critic: a scalar model per token, or None for a value head on the policy's trunk (12). With an
+    `advantage` other than gae (GRPO, RLOO, ...) there is neither, and it has to be None.
     rows: dictionaries with `prompt_ids`. ptx_rows: rows of SFT, mixed in by `ppo.ptx_coef`.
     allow_batch_dependent_routing: train also where a router draws noise (the ratio is then not
     checked) or the critic's couples tokens; a policy that cannot be sampled is refused anyway.
@@ -64,6 +68,8 @@ class PPOTrainer(StageTrainer):
     nothing is clipped; at the end the number of optimizer steps, with those left out by target_kl
     and ratio_threshold, is updates x epochs x minibatches.
     """
+
+    alarms = POLICY
 
     def __init__(
         self,
@@ -87,6 +93,12 @@ class PPOTrainer(StageTrainer):
             raise UserError("PPO has no prompts.")
         if (ptx_rows is not None) != (ppo.ptx_coef > 0):
             raise UserError("ptx_rows and a ptx_coef above 0 go together: give both or neither.")
+        if critic is not None and not ppo.has_critic:
+            raise UserError(f"advantage {ppo.advantage} asks no critic: leave it out.")
+        if ppo.replay != "none":
+            refuse_without_choice(policy, f"replay {ppo.replay}")
+        if ppo.rollout_numerics == "router_noise":
+            refuse_without_choice(policy, "rollout_numerics router_noise")
         models = [policy] if critic is None else [policy, critic]
         for spec in router_specs(policy):
             refuse_undecodable(spec)  # it is also sampled
@@ -106,7 +118,7 @@ class PPOTrainer(StageTrainer):
         self._skipped_before = 0  # of the checkpoint that this training continues
         self._weights = Weights()
         self._output: LossOutput | None = None  # of the last micro-batch
-        both = ActorCritic(policy, critic)
+        both = ActorCritic(policy, critic) if ppo.has_critic else Actor(policy)
         self.rollouts = RolloutPhase(
             both,
             reference,
@@ -137,9 +149,10 @@ class PPOTrainer(StageTrainer):
 
     @property
     def critic(self) -> nn.Module:
-        """The scalar model, or the value head on the policy's trunk."""
+        """The scalar model, or the value head on the policy's trunk; UserError without one."""
         critic = self.model.critic
-        assert isinstance(critic, nn.Module)
+        if not isinstance(critic, nn.Module):
+            raise UserError(f"advantage {self.ppo.advantage} asks no critic: there is none.")
         return critic
 
     @property
@@ -206,7 +219,7 @@ class PPOTrainer(StageTrainer):
         batches: list[dict[str, Any]] = [
             self.buffer.rows(rows) for rows in plan.micro_batches(update, epoch, minibatch)
         ]
-        if self.ppo.whiten_advantages and self.ppo.whitening_scope == "minibatch":  # 22
+        if self.ppo.whitens and self.ppo.whitening_scope == "minibatch":  # 22
             rows = plan.minibatch(update, epoch, minibatch)
             moments = masked_moments(self.buffer.advantage_BR[rows], self.buffer.mask_BR[rows])
             for batch in batches:
@@ -223,8 +236,10 @@ class PPOTrainer(StageTrainer):
         return batches
 
     def _weigh(self, batches: Sequence[Mapping[str, Any]]) -> None:
-        """Denominators of the step's terms that are not per response token, over all processes."""
-        has_values, has_texts = self.ppo.compat == "n_plus", self._weights.text > 0
+        """Denominators of the step's terms with units of their own, over all processes."""
+        has_texts = self._weights.text > 0
+        per_token = self.ppo.compat == "none" and self.ppo.loss_mean == "token"
+        has_values = self.ppo.has_critic and not per_token
         if not (has_values or has_texts):
             return
         counts = [
@@ -249,19 +264,25 @@ class PPOTrainer(StageTrainer):
     # The update phase.
 
     def count_units(self, batch: Mapping[str, Tensor]) -> int:
-        return int(batch["mask_BR"].sum())
+        return int(policy_mean(self.ppo).count(batch["mask_BR"]))
 
     def objective(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
         weights = self._weights
         only_head = {} if weights.policy_learns else {"trunk_learns_values": False}
-        with watched(self.policy if self.routed else None, Watch(keep_stats=False)) as seen:
+        mask, old_BSLK = batch["attention_mask"], batch.get("expert_BSLK")
+        forced = None if self.ppo.replay == "none" else old_BSLK
+        watch = Watch(keep_stats=False, replays=None if forced is None else self.policy)
+        with (
+            watched(self.policy if self.routed else None, watch) as seen,
+            replayed(self.policy, forced, mask),
+        ):
             logits, value_BR = model(
-                batch["input_ids"], batch["attention_mask"], batch["mask_BR"].shape[1], **only_head
+                batch["input_ids"], mask, batch["mask_BR"].shape[1], **only_head
             )
         output = episode_loss(logits, value_BR, batch=batch, ppo=self.ppo, weights=weights)
         self._check_first_ratio(output)
-        old_BSLK = batch.get("expert_BSLK")
-        flips = flip_metrics("new", seen.choice_BSLK, old_BSLK, mask_BS=batch["attention_mask"])
+        flips = flip_metrics("new", seen.choice_BSLK, old_BSLK, mask_BS=mask)
+        flips |= flip_metrics("new_free", seen.free_BSLK, old_BSLK, mask_BS=mask)
         output = replace(output, metrics={**output.metrics, **flips})
         if weights.text:  # 32
             text = text_loss(self.policy, batch)
@@ -304,11 +325,19 @@ class PPOTrainer(StageTrainer):
         return metrics
 
     def own_settings(self) -> dict[str, Any]:
+        separate = "separate" if self.ppo.has_critic else "none"
         return {
             "ppo": asdict(self.ppo),
-            "critic": "shared" if self.model.is_shared else "separate",
+            "critic": "shared" if self.model.is_shared else separate,
             **self.routing_flag,
         }
+
+    def _check_same_settings(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint from before an option of PPO existed was trained with its default."""
+        held: Any = checkpoint.documents["settings"]
+        built_in = {f.name: f.default for f in fields(PPOSettings) if f.default is not MISSING}
+        documents = {**checkpoint.documents, "settings": {**held, "ppo": built_in | held["ppo"]}}
+        super()._check_same_settings(replace(checkpoint, documents=documents))
 
     def frozen_models(self) -> Mapping[str, nn.Module]:
         judge = {"reward": self.reward.model} if isinstance(self.reward, ModelReward) else {}

@@ -2,7 +2,8 @@
 
 The decision to know: old log-probabilities are the trainer's own, computed in the micro-batches of
 the first epoch, so that its first minibatch repeats the same computation: there the ratio is 1
-unless something is wrong (27). How far the sampler's are from them is logged.
+unless something is wrong (27). How far the sampler's are from them is logged, and may weigh the
+loss (`rlhf.mismatch`).
 
 Shapes: B episodes of an update, P prompt, R response, S = P + R, L MoE layers, K experts per token.
 """
@@ -15,13 +16,18 @@ import torch
 from torch import Tensor
 
 from rlhf import kl
-from rlhf.actor_critic import ActorCritic, response_logits
+from rlhf.actor_critic import Actor, ActorCritic, response_logits
 from rlhf.episodes import Drawn, Plan, RolloutBuffer, draw, rows_in_order
+from rlhf.group_advantage import group_deviation
 from rlhf.kl import KLController
 from rlhf.losses import metric
+from rlhf.mismatch import correction_weights, gap_metrics
 from rlhf.ppo_objective import batch_logps
+from rlhf.ppo_settings import PPOSettings
 from rlhf.reference import Reference
+from rlhf.repetition import distinct_share
 from rlhf.reward import ModelReward, RewardSource
+from rlhf.routing_replay import replayed
 from rlhf.routing_watch import Metrics, Watch, flip_metrics, usage_metrics, watched
 from rlhf.shaping import RunningScale, Shaped, shape, value_mask
 from sft.loss import LossOutput
@@ -32,6 +38,7 @@ from sft.text import pad_batch
 class _Passes:
     """What the models say of an update's episodes, (B, R) each and zero where masked.
 
+    value_BR: zero without a critic.
     expert_BSLK: of the old-policy pass. critic, reference: what those models routed.
     """
 
@@ -53,7 +60,7 @@ class RolloutPhase:
 
     def __init__(
         self,
-        model: ActorCritic,
+        model: Actor | ActorCritic,
         reference: Reference,
         *,
         reward: RewardSource,
@@ -88,6 +95,7 @@ class RolloutPhase:
             prompt_BP[mine],
             prompt_mask_BP=prompt_mask_BP[mine],
             sample_ids=[update * plan.ppo.episodes + i for i in mine],
+            update=update,
             plan=plan,
             stop_ids=self.stop_ids,
             pad_id=self.pad_id,
@@ -107,6 +115,7 @@ class RolloutPhase:
             return_BR=zeros_BR,
             score_B=self._gather_rows(score_B.to(device), plan=plan),
             value_mask_BR=None if plan.ppo.compat == "none" else value_mask(mask_BR, plan.ppo),
+            expert_BSLK=self._to_replay(drawn, plan=plan),
         )
         self.tokens_generated += int(mask_BR.sum())
         passes = self._evaluate(update, buffer, plan=plan)
@@ -116,21 +125,48 @@ class RolloutPhase:
         buffer, found = self._shaped(update, buffer, passes=passes, ended_B=ended_B, plan=plan)
         mismatch_BR = (buffer.old_logp_BR - drawn_logp_BR).abs()
         mismatch = torch.where(mask_BR, mismatch_BR, 0.0).max()
+        buffer, apart = self._corrected(buffer, drawn_logp_BR, plan=plan)
         return buffer, replace(
             found,
-            metrics={**found.metrics, **routed},
+            metrics={**found.metrics, **routed, **apart},
             maxima={"rollout/logp_mismatch": mismatch},
         )
+
+    def _to_replay(self, drawn: Drawn, *, plan: Plan) -> Tensor | None:
+        """The sampler's experts of all episodes, if the old-policy pass replays them (R3)."""
+        if plan.ppo.replay != "rollout":
+            return None
+        assert drawn.choice_BSLK is not None
+        return self._gather_rows(drawn.choice_BSLK.int(), plan=plan).to(torch.int16)
+
+    def _corrected(
+        self, buffer: RolloutBuffer, drawn_logp_BR: Tensor, *, plan: Plan
+    ) -> tuple[RolloutBuffer, Metrics]:
+        """The buffer with its weights, if asked for, and how far sampler and trainer are apart."""
+        ppo, mine, mask_BR = plan.ppo, plan.own_episodes, buffer.mask_BR
+        metrics = gap_metrics(buffer.old_logp_BR[mine], drawn_logp_BR[mine], mask_BR[mine])
+        if ppo.mismatch_correction == "none":
+            return buffer, metrics
+        weight_BR = correction_weights(
+            buffer.old_logp_BR,
+            drawn_logp_BR,
+            mask_BR,
+            kind=ppo.mismatch_correction,
+            cap=ppo.mismatch_cap,
+        )
+        metrics["rollout/correction"] = metric(weight_BR[mine], mask_BR[mine])
+        return replace(buffer, correction_BR=weight_BR), metrics
 
     def _prompts_of(
         self, update: int, *, plan: Plan, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Left-padded prompts and their mask, (B, P), of all processes."""
-        count = plan.ppo.episodes
+        count = plan.ppo.num_prompts
         chosen = rows_in_order(
             plan.seed, "order", first=update * count, count=count, num_rows=len(self.prompts)
         )
-        ids = [self.prompts[i]["prompt_ids"] for i in chosen]
+        size = plan.ppo.group_size  # the answers to a prompt follow one another
+        ids = [self.prompts[i]["prompt_ids"] for i in chosen for _ in range(size)]
         prompt_BP, prompt_mask_BP = pad_batch(ids, pad_id=self.pad_id, side="left")
         return prompt_BP.to(device), prompt_mask_BP.to(device)
 
@@ -157,34 +193,42 @@ class RolloutPhase:
         self.model.eval()
         for minibatch in range(plan.ppo.minibatches):
             for rows in plan.micro_batches(update, 0, minibatch):
-                self._evaluate_rows(rows, held, buffer=buffer, temperature=plan.ppo.temperature)
+                self._evaluate_rows(rows, held, buffer=buffer, ppo=plan.ppo)
         self.model.train()
         held.old_logp_BR = self.all_sum(held.old_logp_BR)
         held.ref_logp_BR = self.all_sum(held.ref_logp_BR)
-        held.value_BR = self.all_sum(held.value_BR)
+        if plan.ppo.has_critic:
+            held.value_BR = self.all_sum(held.value_BR)
         if held.expert_BSLK is not None:  # not every backend adds int16
             held.expert_BSLK = self.all_sum(held.expert_BSLK.int()).to(torch.int16)
         return held
 
     def _evaluate_rows(
-        self, rows: list[int], held: _Passes, *, buffer: RolloutBuffer, temperature: float
+        self, rows: list[int], held: _Passes, *, buffer: RolloutBuffer, ppo: PPOSettings
     ) -> None:
-        batch = buffer.rows(rows)
+        batch, policy = buffer.rows(rows), self.model.policy
         ids, mask, mask_BR = batch["input_ids"], batch["attention_mask"], batch["mask_BR"]
         length = mask_BR.shape[1]
         critic = None if self.model.is_shared else self.model.critic
-        with watched(self.model.policy, Watch(keep_stats=False)) as seen:
-            with watched(critic, held.critic):
-                logits, value_BR = self.model(ids, mask, length)
+        forced = batch.get("expert_BSLK")  # the rollout's, of all tokens but the last
+        replays = None if forced is None else policy
+        with (
+            watched(policy, Watch(keep_stats=False, replays=replays)) as seen,
+            watched(critic, held.critic),
+            replayed(policy, forced, mask, free_tail=1),
+        ):
+            logits, value_BR = self.model(ids, mask, length)
         with self.reference.lend() as reference, watched(reference, held.reference):
             ref_logits = response_logits(reference, ids, mask, length)
-        old_logp_BR = batch_logps(logits, batch, temperature=temperature)
-        ref_logp_BR = batch_logps(ref_logits, batch, temperature=temperature)
+        old_logp_BR = batch_logps(logits, batch, temperature=ppo.temperature)
+        ref_logp_BR = batch_logps(ref_logits, batch, temperature=ppo.temperature)
         for whole, found, kept in (
             (held.old_logp_BR, old_logp_BR, mask_BR),
             (held.ref_logp_BR, ref_logp_BR, mask_BR),
             (held.value_BR, value_BR, batch["value_mask_BR"]),
         ):
+            if found is None:
+                continue
             whole[rows, :length] = torch.where(kept, found.to(whole.dtype), 0.0)
         chosen = seen.choice_BSLK
         if chosen is not None:
@@ -195,6 +239,7 @@ class RolloutPhase:
             held.flips.append(
                 flip_metrics("reference", held.reference.choice_BSLK, chosen, mask_BS=mask)
             )
+            held.flips.append(flip_metrics("rollout_free", seen.free_BSLK, forced, mask_BS=mask))
 
     def _routing_metrics(
         self, passes: _Passes, judged: Watch, *, buffer: RolloutBuffer, drawn: Drawn, plan: Plan
@@ -241,9 +286,7 @@ class RolloutPhase:
         )
         k1_BR = kl.k1(passes.old_logp_BR, passes.ref_logp_BR)
         kl_B = torch.where(buffer.mask_BR, k1_BR, 0.0).sum(dim=1)
-        found = self._diagnostics(
-            buffer, shaped, kl_B=kl_B, ended_B=ended_B, coef=coef, mine=plan.own_episodes
-        )
+        found = self._diagnostics(buffer, shaped, kl_B=kl_B, ended_B=ended_B, coef=coef, plan=plan)
         if update >= ppo.critic_warmup:  # a policy that stands still says nothing of its price
             self.kl_controller.update(float(kl_B.mean()), ppo.episodes)  # 17
         finished = replace(
@@ -265,11 +308,13 @@ class RolloutPhase:
         kl_B: Tensor,
         ended_B: Tensor,
         coef: float,
-        mine: list[int],
+        plan: Plan,
     ) -> LossOutput:
         """30. Every process holds all episodes, and sums are added over processes: `mine` count."""
+        mine = plan.own_episodes
         mask_BR, score_B = buffer.mask_BR, shaped.score_B
         shaped_B = torch.where(shaped.value_mask_BR, shaped.reward_BR, 0.0).sum(dim=1)
+        distinct_B = distinct_share(buffer.response_BR, mask_BR).expand(len(kl_B))
         metrics = {
             "reward/score": metric(buffer.score_B[mine]),
             "reward/shaped": metric(shaped_B[mine]),
@@ -278,10 +323,15 @@ class RolloutPhase:
             "policy/kl_coef": metric(torch.full_like(kl_B, coef)[mine]),
             "rollout/length": metric(mask_BR.sum(dim=1).float()[mine]),
             "rollout/ended": metric(ended_B.float()[mine]),
+            "rollout/distinct_2": metric(distinct_B[mine]),
         }
         if self.score_scale is not None:
             deviation_B = torch.full_like(score_B, self.score_scale.deviation)
             metrics["reward/score_deviation"] = metric(deviation_B[mine])
+        if plan.ppo.group_size > 1:
+            deviation_B, equal_B = group_deviation(score_B, group_size=plan.ppo.group_size)
+            metrics["reward/group_deviation"] = metric(deviation_B[mine])
+            metrics["reward/equal_groups"] = metric(equal_B.float()[mine])
         return LossOutput(
             loss_sum=score_B[mine].sum(),
             count=mask_BR[mine].any(dim=1).sum(),

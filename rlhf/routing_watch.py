@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from moe.generation import Rollout
 from moe.record import RecordedForward, has_router, record_routing
 from moe.stats import RouterStats
+from rlhf.routing_replay import NO_PASS as NO_PASS
+from rlhf.routing_replay import free_choices
 
-NO_PASS = -1  # where no expert was chosen: the last token drawn, padding after it
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
 USAGE = {  # model -> its two keys; the policy's own are `router/load_entropy` and so on
@@ -32,22 +33,30 @@ FLIPS = {  # pass that is compared with the old-policy pass -> its key
     "new": "router/flip_rate_new",
     "reference": "router/flip_rate_reference",
     "rollout": "router/flip_rate_rollout",
+    # Under replay: what the routers would have chosen, against what is replayed.
+    "new_free": "router/free_flip_rate_new",
+    "rollout_free": "router/free_flip_rate_rollout",
 }
 
 
 class Watch:
     """What was seen so far: stats of all passes, if kept, and choice_BSLK of the last.
 
-    Both are None without routers.
+    Both are None without routers. replays: the model, if its passes replay; then free_BSLK is what
+    its routers would have chosen in the last pass (`rlhf.routing_replay.free_choices`).
     """
 
-    def __init__(self, *, keep_stats: bool = True) -> None:
+    def __init__(self, *, keep_stats: bool = True, replays: nn.Module | None = None) -> None:
         self.keep_stats = keep_stats
+        self.replays = replays
         self.stats: RouterStats | None = None
         self.choice_BSLK: Tensor | None = None
+        self.free_BSLK: Tensor | None = None
 
     def add(self, forward: RecordedForward) -> None:
         self.choice_BSLK = choices(forward)
+        if self.replays is not None:
+            self.free_BSLK = free_choices(self.replays, forward)
         if self.keep_stats:
             found = RouterStats.from_routings(forward.routings)
             self.stats = found if self.stats is None else self.stats.merge(found)

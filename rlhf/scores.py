@@ -1,4 +1,4 @@
-"""What a policy is worth on held-out rows: on pairs for DPO, on sampled answers for PPO.
+"""What a policy is worth on held-out rows: pairs (DPO), judged answers (KTO), samples (PPO).
 
 The decision to know: the same rows, the same random numbers and the same reference before and
 after training, so that the two lines differ by the training alone.
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from moe.generation import sample
 from rlhf import kl
-from rlhf.dpo import pair_logps
+from rlhf.dpo import completion_logps, pair_logps
+from rlhf.kto import mismatched_log_ratios
 from rlhf.logprobs import entropy, response_logps, token_logps
-from rlhf.losses.dpo import DPOLoss
+from rlhf.losses import PairLogps, PreferenceLoss, wins
+from rlhf.losses.kto import KTOLoss, reference_point
 from rlhf.ppo import response_logits
 from rlhf.reference import Reference
 from rlhf.reward import RewardSource
@@ -26,7 +28,7 @@ from sft.text import TextPath, pad_batch
 
 @dataclass(frozen=True, kw_only=True)
 class PairScores:
-    """Means over held-out pairs: loss, margin of implicit rewards, share of pairs it gets right."""
+    """Means over held-out pairs: loss, margin of the loss's rewards, share of pairs got right."""
 
     loss: float
     margin: float
@@ -38,7 +40,7 @@ class PairScores:
 def score_pairs(
     policy: nn.Module,
     reference: Reference,
-    loss: DPOLoss,
+    loss: PreferenceLoss,
     *,
     batches: Sequence[Mapping[str, Tensor]],
 ) -> PairScores:
@@ -48,9 +50,11 @@ def score_pairs(
     totals = {"loss": 0.0, "preference/margin": 0.0, "preference/accuracy": 0.0}
     count = 0
     for batch in batches:
-        with reference.lend() as frozen:
-            frozen_logps = pair_logps(frozen, batch)
-        output = loss(pair_logps(policy, batch), frozen_logps)
+        measured_from: tuple[PairLogps, ...] = ()
+        if loss.needs_reference:
+            with reference.lend() as frozen:
+                measured_from = (pair_logps(frozen, batch),)
+        output = loss(pair_logps(policy, batch), *measured_from)
         totals["loss"] += float(output.loss_sum)
         for name in ("preference/margin", "preference/accuracy"):
             totals[name] += float(output.metrics[name][0])
@@ -62,6 +66,62 @@ def score_pairs(
         margin=means["preference/margin"],
         accuracy=means["preference/accuracy"],
         num_pairs=count,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerScores:
+    """Over held-out judged answers: means of the loss and of the margin, and what they rest on.
+
+    margin: mean reward of good minus that of bad answers; accuracy: of all pairs of a good and a
+    bad answer, to whatever prompts, the share where the good one has the higher reward (ties half);
+    both None where all answers are of one kind. reference_point: z0 in nats.
+    """
+
+    loss: float
+    margin: float | None
+    accuracy: float | None
+    reference_point: float
+    num_answers: int
+
+
+@torch.no_grad()
+def score_answers(
+    policy: nn.Module,
+    reference: Reference,
+    loss: KTOLoss,
+    *,
+    batches: Sequence[Mapping[str, Tensor]],
+) -> AnswerScores:
+    """Loss, margin and accuracy over batches of `sft.unpaired.UnpairedCollator`, one z0 for all."""
+    was_training = policy.training
+    policy.eval()
+    ratio_B = torch.cat([mismatched_log_ratios(policy, reference, batch) for batch in batches])
+    point = reference_point(ratio_B.sum(), torch.tensor(ratio_B.numel()))
+    total, rewards = 0.0, []
+    for batch in batches:
+        logp_B, _ = completion_logps(policy, batch)
+        with reference.lend() as frozen:
+            reference_logp_B, _ = completion_logps(frozen, batch)
+        output = loss(
+            logp_B,
+            reference_logp_B,
+            is_good_B=batch["is_good"],
+            reference_point=point.to(logp_B.dtype),
+        )
+        total += float(output.loss_sum)
+        rewards.append(loss.beta * (logp_B - reference_logp_B).double())
+    policy.train(was_training)
+    reward_B = torch.cat(rewards)
+    is_good_B = torch.cat([batch["is_good"] for batch in batches])
+    margin_GB = reward_B[is_good_B][:, None] - reward_B[~is_good_B]
+    both = margin_GB.numel() > 0
+    return AnswerScores(
+        loss=total / reward_B.numel(),
+        margin=float(margin_GB.mean()) if both else None,
+        accuracy=float(wins(margin_GB).mean()) if both else None,
+        reference_point=float(point),
+        num_answers=reward_B.numel(),
     )
 
 

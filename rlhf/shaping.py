@@ -1,6 +1,7 @@
 """From what the reward source gave to advantages and returns: every option of PPO in one order.
 
-score -> missing EOS -> scale -> clip -> reward per token (minus KL) -> whitened -> GAE -> whitened.
+score -> missing EOS -> scale -> clip -> reward per token (minus KL) -> whitened -> advantage (GAE,
+or one without a critic) -> whitened.
 The decision to know: every process holds all episodes of an update, so that each moment here is
 over the whole update without a word between processes.
 
@@ -22,7 +23,8 @@ from rlhf.advantage import (
     token_rewards,
     whiten,
 )
-from rlhf.ppo_settings import PPOSettings
+from rlhf.group_advantage import centered, leave_one_out, standardized
+from rlhf.ppo_settings import GROUPED, PPOSettings
 
 
 class RunningScale:
@@ -118,14 +120,18 @@ def shape(
     )
     if ppo.whiten_rewards:  # 18
         reward_BR = whiten(reward_BR, mask=value_mask_BR, shift_mean=False, unbiased=ppo.unbiased)
-    advantage_BR, return_BR = gae(  # 20
-        reward_BR, value_BR, mask_BR=value_mask_BR, gamma=ppo.gamma, lam=ppo.lam
-    )
-    if ppo.critic_lam is not None:  # 32
-        _, return_BR = gae(
-            reward_BR, value_BR, mask_BR=value_mask_BR, gamma=ppo.gamma, lam=ppo.critic_lam
+    if ppo.has_critic:
+        advantage_BR, return_BR = gae(  # 20
+            reward_BR, value_BR, mask_BR=value_mask_BR, gamma=ppo.gamma, lam=ppo.lam
         )
-    if ppo.whiten_advantages and ppo.whitening_scope == "update":  # 22
+        if ppo.critic_lam is not None:  # 32
+            _, return_BR = gae(
+                reward_BR, value_BR, mask_BR=value_mask_BR, gamma=ppo.gamma, lam=ppo.critic_lam
+            )
+    else:
+        advantage_BR = critic_free(reward_BR, mask_BR=mask_BR, ppo=ppo)
+        return_BR = torch.zeros_like(advantage_BR)
+    if ppo.whitens and ppo.whitening_scope == "update":  # 22
         advantage_BR = whiten(advantage_BR, mask=mask_BR, unbiased=ppo.unbiased)
     return Shaped(
         score_B=score_B,
@@ -134,3 +140,24 @@ def shape(
         return_BR=torch.where(value_mask_BR, return_BR, 0.0),
         value_mask_BR=value_mask_BR,
     )
+
+
+def critic_free(reward_BR: Tensor, *, mask_BR: Tensor, ppo: PPOSettings) -> Tensor:
+    """Advantages before whitening, zero where masked, from token rewards alone.
+
+    reward_BR: with the score at the last token and, if the reward pays it, the KL at each: RLOO's
+    R = s - beta sum_t k1 is its sum over an answer. A group's mean is taken from that sum (Ahmadian
+    et al. 2024); OpenRLHF takes it from the score, and the KL of each token comes after.
+    """
+    if ppo.advantage in GROUPED:
+        score_B = torch.where(mask_BR, reward_BR, 0.0).sum(dim=1)
+        baseline = leave_one_out if ppo.advantage == "rloo" else centered
+        if ppo.advantage == "grpo" and ppo.scale_by_std:
+            baseline = standardized
+        advantage_B1 = baseline(score_B, group_size=ppo.group_size)[:, None]
+        return torch.where(mask_BR, advantage_B1, 0.0)
+    # What is to come is GAE where every value is 0 and lambda is 1.
+    to_come_BR, _ = gae(
+        reward_BR, torch.zeros_like(reward_BR), mask_BR=mask_BR, gamma=ppo.gamma, lam=1.0
+    )
+    return to_come_BR

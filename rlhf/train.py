@@ -21,8 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         prog=f"python -m {COMMAND}",
         description="Learn from preferences: a reward model (rm) or a policy (dpo) from pairs, a "
-        "policy from a reward model (ppo). --model is a model folder or a run of sft.train; the "
-        "result lies in results/<method>/<run>/.",
+        "policy from answers judged one by one (kto), a policy from a reward model (ppo; "
+        "without a critic grpo, gspo, rloo, reinforce_pp, reinforce_pp_baseline). --model is a "
+        "model folder or a run of sft.train; the result lies in results/<method>/<run>/.",
     )
     from rlhf.methods import train
 

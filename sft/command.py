@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from moe.errors import UserError
+from sft.alarms import OnAlarm
 from sft.flags import SHARED_ALIASES, Parsed, parse
 
 ALIASES = {**SHARED_ALIASES, "log": "mirror"}
-# Where a run goes and how it speaks is no part of what it is.
-PLACES = ("out", "resume", "allow_changed", "overwrite", "quiet")
+# Where a run goes, how it speaks and whether it stops early is no part of what it is.
+PLACES = ("out", "resume", "allow_changed", "overwrite", "quiet", "on_alarm")
 # What a resumed run may be told to find changed, and the options that belong to each but the last.
 Changeable = Literal["data", "tokenizer", "model", "settings", "machine"]
 _KIND_OF_OPTION: dict[str, Changeable] = {
@@ -78,6 +79,7 @@ class TrainingConfig:
     allow_changed: tuple[Changeable, ...] = option((), "what may differ from the run resumed")
     overwrite: bool = option(False, "empty an earlier run in --out")
     quiet: bool = option(False, "print the result only")
+    on_alarm: OnAlarm = option("tell", "stop: end the run when one rings")
 
     def __post_init__(self) -> None:
         for name in ("max_length", "batch_size", "max_new_tokens"):

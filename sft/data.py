@@ -22,6 +22,7 @@ from sft.examples import (
     Instruction,
     Kind,
     Preference,
+    Unpaired,
     as_examples,
 )
 from sft.files import parse_records, read_text, suffix_of
@@ -48,16 +49,20 @@ def read_examples(path: str | Path, *, columns: Mapping[str, str] | None = None)
 NEEDS = {
     "instruction": "this stage needs answers to learn (instructions)",
     "preference": "this method needs preferences (chosen/rejected)",
+    "unpaired": "this method needs preferences, or answers with a label (good or bad)",
     "document": "pretraining needs plain text (a text field, or .txt)",
 }
 HOLDS = {
     "instruction": "instructions with one answer each",
     "preference": "preferences (chosen/rejected)",
+    "unpaired": "single answers with a label (good or bad)",
     "document": "plain text",
 }
 REMEDIES = {
     ("preference", "instruction"): "Use rlhf.train --method dpo, or --use chosen.",
     ("instruction", "preference"): "Use sft.train --stage sft, or give a file of preferences.",
+    ("unpaired", "preference"): "Use rlhf.train --method kto.",
+    ("unpaired", "instruction"): "Use rlhf.train --method kto.",
     ("document", "instruction"): "Use sft.train --stage pretrain.",
     ("instruction", "document"): "Use sft.train --stage sft.",
 }
@@ -85,7 +90,7 @@ def prompt_text(example: Example) -> str:
     """What the model is given: the text by which rows count as the same."""
     if isinstance(example, Document):
         return example.text
-    if isinstance(example, Preference):
+    if isinstance(example, Preference | Unpaired):
         return conversation_text(example.prompt)
     return conversation_text(example.conversation[:-1])
 
@@ -142,7 +147,7 @@ def drop_shared_prompts(held_out: Examples, *, train: Examples) -> Examples:
     return replace(held_out.select(kept), notes=(*held_out.notes, note))
 
 
-ExampleT = TypeVar("ExampleT", Instruction, Preference, Document)
+ExampleT = TypeVar("ExampleT", Instruction, Preference, Unpaired, Document)
 
 
 def rows_of_type(kind: type[ExampleT], examples: Examples) -> list[ExampleT]:

@@ -1,4 +1,4 @@
-"""What a data file says, before any tokenizer: instructions, preferences, documents.
+"""What a data file says, before any tokenizer: instructions, preferences, judgements, documents.
 
 The decision to know: no row vanishes quietly. What is left out is counted in `notes` with its
 lines, and a file of which more than a tenth would be left out is refused, because then the file is
@@ -16,7 +16,7 @@ from sft.text import Conversation
 
 LARGEST_DROPPED_SHARE = 0.10
 
-Kind = Literal["instruction", "preference", "document"]
+Kind = Literal["instruction", "preference", "unpaired", "document"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,11 @@ class Document:
     domain: str | None = None
 
 
-Example = Instruction | Preference | Document
+Example = Instruction | Preference | Unpaired | Document
 KIND_OF: dict[type, Kind] = {
     Instruction: "instruction",
     Preference: "preference",
+    Unpaired: "unpaired",
     Document: "document",
 }
 

@@ -22,6 +22,7 @@ from sft.examples import (
     Instruction,
     Kind,
     Preference,
+    Unpaired,
     note_dropped,
 )
 from sft.files import Record
@@ -31,7 +32,7 @@ from sft.trl_data import as_turns, extract_prompt
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 KNOWN_FORMATS = (
     "alpaca (instruction, output), messages, prompt+chosen+rejected, chosen+rejected, "
-    "conversations+chosen+rejected, text"
+    "conversations+chosen+rejected, prompt+completion+label, messages+label, text"
 )
 
 
@@ -74,6 +75,12 @@ class _Row:
         if not 0 <= value < math.inf:
             raise self.error(f"field {name!r} is {value}: it has to be finite and at least 0")
         return float(value)
+
+    def truth(self, name: str) -> bool:
+        value = self.value.get(name)
+        if not isinstance(value, bool):
+            raise self.error(f"field {name!r} is {_kind_of_json(value)}, not true or false")
+        return value
 
     def turns(self, name: str, *, role_key: str = "role", text_key: str = "content") -> list[Any]:
         turns = self.value.get(name)
@@ -214,6 +221,33 @@ def _preference(row: _Row, prompt: Conversation, chosen: str, rejected: str) -> 
     return Preference(prompt=prompt, chosen=chosen, rejected=rejected, margin=margin)
 
 
+def _read_unpaired(row: _Row) -> Unpaired:
+    """`prompt`, `completion`, `label`: texts, or lists of turns; true is a good answer."""
+    as_turns = isinstance(row.value.get("prompt"), list)
+    turns = row.turns("prompt") if as_turns else [Message("user", row.text("prompt"))]
+    if not isinstance(row.value.get("completion"), list):
+        return _unpaired(row, turns, row.text("completion"))
+    answer = row.turns("completion")
+    if [turn.role for turn in answer] != ["assistant"]:
+        raise row.error("field 'completion' is not one assistant turn")
+    return _unpaired(row, turns, answer[0].content)
+
+
+def _read_labelled_messages(row: _Row) -> Unpaired:
+    *prompt, answer = row.turns("messages")
+    if answer.role != "assistant":
+        raise _Skip("do not end with an answer")
+    return _unpaired(row, prompt, answer.content)
+
+
+def _unpaired(row: _Row, prompt: list[Message], completion: str) -> Unpaired:
+    if not prompt or prompt[-1].role == "assistant":
+        raise _Skip("have a prompt that does not end with a user turn")
+    if not completion.strip():
+        raise _Skip("have an empty answer")
+    return Unpaired(prompt=tuple(prompt), completion=completion, is_good=row.truth("label"))
+
+
 def _read_document(row: _Row) -> Document:
     text = row.text("text")
     if not text.strip():
@@ -255,6 +289,18 @@ READERS = (
         uses=("margin",),
         read=_read_implicit_preference,
     ),
+    _Reader(
+        name="unpaired",
+        kind="unpaired",
+        needs=("prompt", "completion", "label"),
+        read=_read_unpaired,
+    ),
+    _Reader(
+        name="labelled-messages",
+        kind="unpaired",
+        needs=("messages", "label"),
+        read=_read_labelled_messages,
+    ),
     _Reader(name="messages", kind="instruction", needs=("messages",), read=_read_messages),
     _Reader(
         name="alpaca",
@@ -268,7 +314,8 @@ READERS = (
 FIELDS = {name for reader in READERS for name in (*reader.needs, *reader.uses)}
 # Columns that change what a row means: reading the rest without them would teach the wrong thing.
 CONTRADICTIONS = {reader.name: () for reader in READERS} | {
-    "messages": ("label", "tools"),
+    "labelled-messages": ("tools",),
+    "messages": ("tools",),
     "alpaca": ("chosen", "rejected", "label"),
 }
 LIKELY_FIELDS = {

@@ -18,6 +18,7 @@ from sft.examples import (
     Examples,
     Instruction,
     Preference,
+    Unpaired,
     as_examples,
     note_dropped,
 )
@@ -203,11 +204,11 @@ def preference_rows(
     same: list[str] = []
     num_cut_prompts = num_cut_completions = 0
     for example, place in zip(rows_of_type(Preference, found), found.places, strict=True):
-        prompt = _prompt_ids(example.prompt, text_path, where=f"{found.name} {place}")
+        prompt = prompt_ids_of(example.prompt, text_path, where=f"{found.name} {place}")
         sides = [text_path.encode_completion(text) for text in (example.chosen, example.rejected)]
         room = max(text_path.max_length // 2, text_path.max_length - len(prompt))
         kept = [side[:room] for side in sides]
-        kept_prompt = _cut_left(
+        kept_prompt = cut_left(
             prompt, length=text_path.max_length - max(map(len, kept)), bos_id=text_path.bos_id
         )
         num_cut_prompts += len(kept_prompt) < len(prompt)
@@ -269,8 +270,8 @@ def prompt_rows(
     num_cut = 0
     for example, place in zip(found.rows, found.places, strict=True):
         conversation = _prompt_of(example, found)
-        ids = _prompt_ids(conversation, text_path, where=f"{found.name} {place}")
-        kept = _cut_left(ids, length=length, bos_id=text_path.bos_id)
+        ids = prompt_ids_of(conversation, text_path, where=f"{found.name} {place}")
+        kept = cut_left(ids, length=length, bos_id=text_path.bos_id)
         num_cut += len(kept) < len(ids)
         rows.append(
             {"prompt_ids": kept, "prompt": conversation_text(conversation), "sample_id": len(rows)}
@@ -280,21 +281,22 @@ def prompt_rows(
 
 
 def _prompt_of(example: Example, examples: Examples) -> Conversation:
-    if isinstance(example, Preference):
+    if isinstance(example, Preference | Unpaired):
         return example.prompt
     if isinstance(example, Instruction):
         return example.conversation[:-1]
     raise UserError(f"{examples.name} holds plain text; prompts come from instructions or pairs.")
 
 
-def _prompt_ids(prompt: Conversation, text_path: TextPath, *, where: str) -> list[int]:
+def prompt_ids_of(prompt: Conversation, text_path: TextPath, *, where: str) -> list[int]:
+    """A prompt's ids, uncut; a UserError that says where it stands when there is none."""
     ids = text_path.encode_prompt(prompt)
     if not ids:
         raise UserError(f"{where}: the prompt has no tokens, so there is nothing to answer.")
     return ids
 
 
-def _cut_left(ids: list[int], *, length: int, bos_id: int | None) -> list[int]:
+def cut_left(ids: list[int], *, length: int, bos_id: int | None) -> list[int]:
     """The last `length` ids, with the BOS kept in front where there was one."""
     if len(ids) <= length:
         return ids

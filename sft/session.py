@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from moe.errors import UserError
 from moe.generation import sample
 from moe.record import has_router
 from sft.adapt import is_adapted
+from sft.alarms import OnAlarm, Ring
 from sft.checkpoint import PREFIX, newest_checkpoint
 from sft.command import TrainingConfig, is_first_process, kind_of_option
 from sft.examples import Examples
@@ -153,7 +154,7 @@ class Session:
     """One stage of one run. `tracker` is None off the first process.
 
     values: what config.yaml has to hold. changed_options: those that differ from a resumed run's.
-    timings: seconds of parts of the training, for summary.json.
+    timings: seconds of parts of the training, and alarms: those that rang, for summary.json.
     """
 
     stage: str
@@ -166,6 +167,8 @@ class Session:
     allow_changed: Sequence[str] = ()
     changed_options: Sequence[Change] = ()
     timings: dict[str, float] = field(default_factory=dict)
+    on_alarm: OnAlarm = "tell"
+    alarms: list[Ring] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -189,6 +192,8 @@ class Session:
             "fingerprints": self.fingerprints,
             "allow_changed": self.allow_changed,
             "on_resume": self.note_resume,
+            "on_alarm": self.on_alarm,
+            "say": self.display.say,
         }
 
     def note_resume(self, step: int, changes: Sequence[Change]) -> None:
@@ -216,6 +221,7 @@ class Session:
         finally:
             self.display.close()
         seconds = time.perf_counter() - start
+        self.alarms += trainer.alarm_watch.rings
         if trainer.first_pass_seconds:
             self.timings["balance_first_pass_seconds"] = trainer.first_pass_seconds
             self.display.say(
@@ -244,7 +250,8 @@ class Session:
         if not self.first:
             return
         changed = {"resumed_with_changes": held} if (held := self.run.changes) else {}
-        whole = {**summary, **changed, "timings": {"seconds": seconds, **self.timings}}
+        rang = {"alarms": [asdict(ring) for ring in self.alarms]} if self.alarms else {}
+        whole = {**summary, **changed, **rang, "timings": {"seconds": seconds, **self.timings}}
         self.run.write_json("summary.json", whole)
         if samples:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in samples]
@@ -263,6 +270,9 @@ class Session:
         print("")
         for line in lines:
             print(line)
+        if self.alarms:
+            rang = ", ".join(f"{ring.name} (step {ring.step})" for ring in self.alarms)
+            print(f"alarms that rang: {rang}")
         if self.tracker is not None and self.tracker.sync_command and self.display.on:
             print(f"W&B offline; send with: {self.tracker.sync_command}")
         print(f"in {where}", flush=True)
@@ -336,6 +346,7 @@ def open_session(
             fingerprints=fingerprints,
             allow_changed=config.allow_changed,
             changed_options=changed_options,
+            on_alarm=config.on_alarm,
         )
 
     if not is_first_process():

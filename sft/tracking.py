@@ -404,7 +404,7 @@ class Tracker:
         """
         self.folder = Path(folder)
         self.path = self.folder / METRICS_FILE
-        self._say = console or (lambda text: None)
+        self.say = console or (lambda text: None)
         self._console_seconds = console_seconds
         self._last_said: dict[str, float] = {}
         self._step: dict[str, int] = {}
@@ -413,7 +413,7 @@ class Tracker:
             _cut_back(self.path, resume_step or {})
         # Unbuffered: each write is one system call, and a killed process leaves nothing behind.
         self._file = self.path.open("ab", buffering=0)
-        self._mirror = _Mirror(self.folder, say=self._say)
+        self._mirror = _Mirror(self.folder, say=self.say)
         if mirror == "wandb":
             self._mirror.open(group=group, job_type=job_type, name=name, config=config)
 
@@ -476,7 +476,7 @@ class Tracker:
             shown = [
                 f"{name} {value:.4g}" for name, value in values.items() if "layer_" not in name
             ]
-            self._say("  ".join([head, *shown[:_SHOWN_METRICS]]))
+            self.say("  ".join([head, *shown[:_SHOWN_METRICS]]))
 
     def heat_map(self, stage: str, load_LE: Any) -> None:
         """Shows in W&B, as an image and as a table, how evenly each layer uses its experts.

@@ -21,8 +21,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from moe.balance import expert_counts
 from moe.errors import UserError
+from moe.freeze import freeze_router as freeze
 from moe.record import has_router, record_routing
 from moe.stats import RouterStats
+from sft.alarms import COMMON, SUPERVISED, Alarm, AlarmWatch, OnAlarm
 from sft.balancing import Passes, StepBalance
 from sft.checkpoint import (
     PREFIX,
@@ -59,6 +61,10 @@ FORMAT = 2  # of what a trainer puts into a checkpoint; 1 had no device and one 
 
 class Diverged(RuntimeError):
     """The loss or a gradient is not finite; nothing was written after the last good step."""
+
+
+class StoppedByAlarm(Diverged):
+    """An alarm rang where one was to stop the training."""
 
 
 @dataclass
@@ -145,6 +151,7 @@ class StageTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True  # sums over the step's denominators, see compute_loss
+    alarms: tuple[Alarm, ...] = COMMON  # what a stage watches
 
     def __init__(
         self,
@@ -160,14 +167,22 @@ class StageTrainer(Trainer):
         on_progress: Callable[[int, int], None] | None = None,
         fingerprints: Mapping[str, str] | None = None,
         routed_part: nn.Module | None = None,
+        freeze_router: bool = False,
         allow_changed: Collection[str] = (),
         on_resume: Callable[[int, Sequence[Change]], None] | None = None,
+        on_alarm: OnAlarm = "tell",
+        say: Callable[[str], None] | None = None,
     ) -> None:
         """`routed_part` is the part whose routers are balanced and observed; default the model.
 
+        freeze_router: take that part's routers out of training; the rest of it learns, and so does
+        a selection bias. Raises UserError where there is none, or none that would be trained.
         fingerprints: of what the training rests on (data, tokenizer, model, ...); a resumed one
         must find the same. allow_changed: kinds of change (`sft.state.Change`) that it may find.
         on_resume: is told the step that is gone on from and what is changed, before any step.
+        on_alarm: whether an alarm that rings is only told or also stops the training
+        (StoppedByAlarm). say: tells it; by default the tracker's console, which may be silent, or
+        print without a tracker.
         """
         if not rows:
             raise UserError(f"stage {stage}: there are no rows to train on.")
@@ -179,11 +194,20 @@ class StageTrainer(Trainer):
         self.fingerprints = dict(fingerprints or {})
         self.allow_changed = frozenset(allow_changed)
         self.on_resume = on_resume
+        self.on_alarm = on_alarm
+        self.say = say or (print if tracker is None else tracker.say)
+        self.alarm_watch = AlarmWatch(self.alarms)
         self._frozen: dict[str, str] | None = None
         self._changes: list[Change] = []
         self.balance = balance if balance is not None else BalancePolicy(scope="off")
         self.routed_part = model if routed_part is None else routed_part
         self.routed = has_router(self.routed_part)
+        self.freeze_router = freeze_router
+        if freeze_router and not freeze(self.routed_part).were_trainable:
+            raise UserError(
+                "freeze_router has no effect: no router's weights would be trained here, as with "
+                "adapters on other parts; leave it out."
+            )
         if self.balance.on and not self.routed:
             rate = self.balance.bias_update_rate  # kept, so that it is refused
             self.balance = BalancePolicy(scope="off", bias_update_rate=rate)
@@ -399,11 +423,22 @@ class StageTrainer(Trainer):
         if "grad_norm" in logs:
             metrics["train/grad_norm"] = logs["grad_norm"]
         metrics.update(self._drain())
+        alarms, rings = self.alarm_watch.read(metrics, step=self.state.global_step)
+        metrics.update(alarms)
         self.state.log_history.append(
             {"step": self.state.global_step, **{k: _value(v) for k, v in metrics.items()}}
         )
         if self.tracker is not None and self.is_world_process_zero():
             self.tracker.log(metrics, step=self.state.global_step, stage=self.stage)
+        if self.is_world_process_zero():
+            for ring in rings:
+                self.say(ring.line)
+        if rings and self.on_alarm == "stop":
+            raise StoppedByAlarm(
+                f"stage {self.stage}, step {self.state.global_step}: stopped by alarm "
+                f"{' and '.join(ring.name for ring in rings)}. Resumed with on-alarm tell, it "
+                "goes on all the same."
+            )
 
     def _drain(self) -> dict[str, Any]:
         """Diagnostics since the last log, reduced over processes; then forgotten."""
@@ -466,6 +501,7 @@ class StageTrainer(Trainer):
                     "settings": self._all_settings(),
                     "sums": [process["sums"] for process in everyone],
                     "extra": extra_document,
+                    "alarms": self.alarm_watch.state_dict(),
                 },
                 facts={
                     "format": FORMAT,
@@ -514,6 +550,9 @@ class StageTrainer(Trainer):
         # Over another number of processes, the metrics since the last log begin anew.
         alike = len(sums) == self.accelerator.num_processes
         self._sums = _Sums.of_document(sums[self.accelerator.process_index]) if alike else _Sums()
+        alarms: Any = checkpoint.documents.get("alarms")
+        if alarms is not None:  # a checkpoint from before there were any watches from here on
+            self.alarm_watch.load_state_dict(alarms)
         self.steps_before = int(str(checkpoint.manifest["step"]))
         self._resumed = checkpoint
         if self.on_resume is not None:
@@ -540,14 +579,23 @@ class StageTrainer(Trainer):
             )
 
     def _all_settings(self) -> dict[str, Any]:
-        whole = {**asdict(self.settings), "balance": asdict(self.balance), **self.own_settings()}
+        whole = {
+            **asdict(self.settings),
+            "balance": asdict(self.balance),
+            "freeze_router": self.freeze_router,
+            **self.own_settings(),
+        }
         plain: dict[str, Any] = json.loads(json.dumps(whole))  # as a checkpoint gives it back
         return plain
 
     def _check_same_settings(self, checkpoint: Checkpoint) -> None:
         held: Any = checkpoint.documents["settings"]
-        # A checkpoint from before a balance option existed was trained with its default.
-        held = {**held, "balance": {**asdict(BalancePolicy()), **held["balance"]}}
+        # A checkpoint from before an option of routers existed was trained with its default.
+        held = {
+            "freeze_router": False,
+            **held,
+            "balance": {**asdict(BalancePolicy()), **held["balance"]},
+        }
         now = flattened(self._all_settings())
         for name in RESUMABLE_SETTINGS:
             del now[name]
@@ -610,6 +658,8 @@ def _value(metric: Any) -> float:
 
 class SFTTrainer(StageTrainer):
     """Cross-entropy on the labelled tokens: pretraining when all are, SFT when answers are."""
+
+    alarms = SUPERVISED
 
     def __init__(self, model: nn.Module, settings: TrainSettings, **kwargs: Any) -> None:
         kwargs.setdefault("stage", "sft")

@@ -15,6 +15,7 @@ PIECES = {
 
 def defined() -> set[str]:
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is logged")[1]
+    table = table.split("\n## ")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     return {
         key.partition("[")[0] for row in rows for key in re.findall(r"`([a-z0-9_/\[\]N]+)`", row)

@@ -36,6 +36,7 @@ from experiments.lab.tables import (
     show,
     table_markdown,
 )
+from sft.alarms import PREFIX
 from sft.run import write_text_atomic
 
 MAX_SAMPLES = 5  # per arm; the rest is in samples.jsonl
@@ -337,7 +338,22 @@ def _cut(value: object, most: int = MAX_TEXT) -> str:
 
 
 def _notes(run: RunFiles) -> str:
-    return _section("Notes", _list([*(run.summary.get("notes") or ()), *run.notes]))
+    return _section("Notes", _list([*(run.summary.get("notes") or ()), *run.notes, *_alarms(run)]))
+
+
+def _alarms(run: RunFiles) -> list[str]:
+    """What rang in whose training; a metric `alarm/NAME` is logged from its first ring on."""
+    first: dict[tuple[str, int, str, str], int] = {}
+    for arm, seeds in run.metrics.items():
+        for seed, rows in seeds.items():
+            for row in rows:
+                if row["name"].startswith(PREFIX):
+                    name = row["name"].removeprefix(PREFIX)
+                    first.setdefault((arm, seed, row["stage"], name), row["step"])
+    return [
+        f"Alarm {name} in {label(arm)}, seed {seed}, stage {stage}, at step {step}."
+        for (arm, seed, stage, name), step in first.items()
+    ]
 
 
 def _rerun(run: RunFiles) -> str:

@@ -48,10 +48,14 @@ class PreferenceLoss(Protocol):
 
     needs_reference says which of the two. value_at_reference is the mean loss when the policy is
     the reference, which a trainer checks at its first step; None when the loss has no such value.
+    couples_batch: whether a row's loss depends on the other rows of its batch or step.
     """
 
     @property
     def needs_reference(self) -> bool: ...
+
+    @property
+    def couples_batch(self) -> bool: ...
 
     @property
     def value_at_reference(self) -> float | None: ...

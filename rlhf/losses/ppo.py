@@ -8,7 +8,7 @@ Shapes: B batch, R response tokens. Masks are true (or 1) at a real token.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from rlhf import kl
 from rlhf.advantage import Moments, masked_moments
 from rlhf.logprobs import check_same_shape, where_real
 from rlhf.losses import LossOutput, metric
+from rlhf.losses.mean import TOKEN_MEAN, LossMean
 
 
 def policy_loss(
@@ -29,12 +30,14 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
+    mean: LossMean = TOKEN_MEAN,
 ) -> LossOutput:
     """The clipped surrogate, max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high)), summed.
 
     ratio = exp(logp - old_logp), eq. 7 of the paper with its two bounds apart (DAPO, Yu et al.
     2025). dual_clip c > 1 bounds the loss of a token with A < 0 by -c A (Ye et al. 2020, dual-clip
-    PPO), where eq. 7 alone lets it grow with the ratio; None leaves it out.
+    PPO), where eq. 7 alone lets it grow with the ratio; None leaves it out. mean: what the sum and
+    its count are over; metrics are over tokens whatever it is.
 
     Metrics, one count per token: policy/ratio; policy/clip_fraction (tokens whose loss the clip
     made larger: no gradient); policy/dual_clip_fraction (only with dual_clip: tokens held by c);
@@ -44,6 +47,35 @@ def policy_loss(
     Maxima: policy/ratio_max_deviation, the largest |ratio - 1|, 0 in a step's first minibatch.
     Raises UserError for bounds out of range, ValueError when shapes differ.
     """
+    return surrogate(
+        logp_BR,
+        old_logp_BR,
+        log_ratio=lambda logp_BR, old_logp_BR, mask_BR: logp_BR - old_logp_BR,
+        advantage_BR=advantage_BR,
+        mask_BR=mask_BR,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        mean=mean,
+    )
+
+
+def surrogate(
+    logp_BR: Tensor,
+    old_logp_BR: Tensor,
+    *,
+    log_ratio: Callable[[Tensor, Tensor, Tensor], Tensor],
+    advantage_BR: Tensor,
+    mask_BR: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    mean: LossMean,
+) -> LossOutput:
+    """`policy_loss` with a ratio of one's own: log_ratio(logp, old_logp, mask), all (B, R).
+
+    It is given log-probabilities that are 0 where masked, and has to give 0 there.
+    """
     check_same_shape(logp=logp_BR, old_logp=old_logp_BR, advantage=advantage_BR, mask=mask_BR)
     _check_clips(clip_low, clip_high, dual_clip)
     mask_BR = mask_BR.bool()
@@ -51,7 +83,7 @@ def policy_loss(
     old_logp_BR = where_real(old_logp_BR.detach(), mask_BR)
     advantage_BR = where_real(advantage_BR.detach(), mask_BR)
 
-    ratio_BR = (logp_BR - old_logp_BR).exp()
+    ratio_BR = log_ratio(logp_BR, old_logp_BR, mask_BR).exp()
     free_BR = -advantage_BR * ratio_BR
     clipped_BR = -advantage_BR * ratio_BR.clamp(1.0 - clip_low, 1.0 + clip_high)
     loss_BR = torch.maximum(free_BR, clipped_BR)
@@ -74,8 +106,8 @@ def policy_loss(
     metrics["policy/ratio_deviation"] = (deviations.sum, deviations.count)
     metrics["policy/ratio_deviation_squared"] = (deviations.sum_squares, deviations.count)
     return LossOutput(
-        loss_sum=loss_BR.sum(),
-        count=mask_BR.sum(),
+        loss_sum=mean.total(loss_BR, mask_BR),
+        count=mean.count(mask_BR),
         metrics=metrics,
         maxima={"policy/ratio_max_deviation": _largest(deviation_BR.abs())},
     )

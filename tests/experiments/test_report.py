@@ -415,6 +415,17 @@ def test_limits_name_few_seeds_and_seeds_left_out(tmp_path: Path, small: Path) -
     assert "DPO has no gold reward for seed 1: left out in pairs" in text
 
 
+def test_the_notes_tell_which_alarm_rang_first_where(small: Path) -> None:
+    head = {"stage": "ppo", "split": "train", "count": 1, "name": "alarm/kl_blow_up"}
+    rows = [{**head, "step": step, "value": value} for step, value in ((8, 1.0), (12, 0.0))]
+    (small / "dpo-s0").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (small / "dpo-s0" / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    text = write_report(small).read_text(encoding="utf-8")
+    assert text.count("Alarm kl_blow_up in DPO, seed 0, stage ppo, at step 8.") == 1
+    assert "at step 12" not in text
+
+
 def test_the_notes_tell_what_was_left_out_in_reading(small: Path) -> None:
     inside = small / "dpo-s0"
     inside.mkdir()

@@ -10,8 +10,9 @@ TEXT = (ROOT / "rlhf" / "CHECKLIST.md").read_text(encoding="utf-8")
 
 
 def test_every_line_of_the_checklist_is_there_once() -> None:
-    found = re.findall(r"^\| (\d+|MoE-\d) \|", TEXT, flags=re.MULTILINE)
-    assert found == [*map(str, range(1, 34)), *(f"MoE-{i}" for i in range(1, 7))]
+    found = re.findall(r"^\| (\d+|G-\d+|MoE-\d) \|", TEXT, flags=re.MULTILINE)
+    groups, experts = (f"G-{i}" for i in range(1, 11)), (f"MoE-{i}" for i in range(1, 7))
+    assert found == [*map(str, range(1, 34)), *groups, *experts]
 
 
 def test_every_test_that_the_checklist_names_exists() -> None:

@@ -322,7 +322,7 @@ UNUSED = ("--normalize", "none", "--normalize-data", "rows.jsonl")
             "--beta has no effect with --method ppo (it belongs to",
         ),
         ((*DPO_BASE, "--updates", "3"), "--updates has no effect with --method dpo (it belongs to"),
-        ((*rm(1), "--model", "base", "--max-new-tokens", "3"), "(it belongs to dpo and ppo)"),
+        ((*rm(1), "--model", "base", "--max-new-tokens", "3"), "(it belongs to dpo and kto"),
         ((*PPO_BASE, "--epochs", "1"), "--epochs has no effect with --method ppo"),
         ((*PPO_BASE, "--kl-horizon", "9"), "--kl-horizon has no effect without --kl-target"),
         ((*PPO_BASE, "--allow-weak-reward-model"), "for this reward model, which is above chance"),
@@ -336,7 +336,7 @@ UNUSED = ("--normalize", "none", "--normalize-data", "rows.jsonl")
             "--normalize-data plain.txt holds plain text: give instructions",
         ),
         (("--method", "ppo", "--model", "base", "--data", "x"), "needs --reward-model, a run of"),
-        (("--method", "sac", "--model", "base", "--data", "x"), "not one of rm, dpo, ppo"),
+        (("--method", "sac", "--model", "base", "--data", "x"), "not one of rm, dpo, kto, ppo"),
         ((*DPO_BASE, "--label-smoothing", "0.6"), "label_smoothing must be at least 0 and below"),
     ],
 )

@@ -200,7 +200,8 @@ def test_unknown_columns_are_answered_with_the_formats_and_a_mapping(tmp_path: P
     file = write(tmp_path, "x.json", [{"question": "U", "answer": "A"}])
     assert message(file).endswith(
         "has columns question, answer. Need one of: alpaca (instruction, output), messages, "
-        "prompt+chosen+rejected, chosen+rejected, conversations+chosen+rejected, text. "
+        "prompt+chosen+rejected, chosen+rejected, conversations+chosen+rejected, "
+        "prompt+completion+label, messages+label, text. "
         "Map with --columns instruction=question output=answer"
     )
 
@@ -215,7 +216,7 @@ def test_a_mapping_that_fits_nothing_is_an_error(tmp_path: Path) -> None:
 
 
 def test_judged_answers_are_not_read_as_answers_to_learn(tmp_path: Path) -> None:
-    file = write(tmp_path, "x.json", [{"messages": turns("U", "A"), "label": False}])
+    file = write(tmp_path, "x.json", [{**ALPACA, "label": False}])
     assert "column 'label', which changes what the answers mean" in message(file)
 
 
@@ -261,8 +262,6 @@ def real(shared_data: Path, name: str) -> Path:
     return file
 
 
-def test_ranked_and_unpaired_answers_are_refused_for_now(shared_data: Path) -> None:
+def test_ranked_answers_are_refused_for_now(shared_data: Path) -> None:
     with pytest.raises(UserError, match="row 1: field 'output' is a list"):
         read_examples(real(shared_data, "preference/oasst1_rm_zh.json.gz"))
-    with pytest.raises(UserError, match="column 'label'"):
-        read_examples(real(shared_data, "preference/llamafactory_kto_en_demo.json.gz"))
