@@ -246,12 +246,11 @@ def notes(arms: Arms) -> list[str]:
     return [
         f"Nearest first (mean nats from the optimum): {order}.",
         "objective is exact_reward less beta times exact_kl; the optimum's less an arm's is beta "
-        "times kl_to_optimum. With the KL in the reward, every answer's reward less its price is "
-        "the same at the optimum, so that noise of sampling vanishes there unless a deviation is "
-        "divided by.",
-        f"Learning rates at the start: {rates}; linear to 0. That of dpo_drawn was the smallest "
-        "tried: it sees each pair once, and with fewer and smaller steps it learns less of the "
-        "labels' noise.",
+        "times kl_to_optimum. With the KL in the reward, what is left of every answer's reward is "
+        "the same at the optimum for one prompt, so that for rloo and grpo_centered the noise of "
+        "sampling vanishes there; where a deviation is divided by (grpo, whitening) or no prompt "
+        "has a baseline of its own (reinforce_pp) it does not.",
+        f"Learning rates at the start: {rates}; linear to 0.",
     ]
 
 

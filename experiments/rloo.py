@@ -10,10 +10,12 @@ with a running mean as baseline 70.7 %, without one 70.4 %, PPO 67.6 %; 43.7, 47
 29.2 % on HH (Ahmadian et al. 2024, arxiv.org/abs/2402.14740, table 2).
 
 Arms: pg, the plain policy gradient without a baseline; rloo_2 and rloo_4, answers measured by those
-of their group; ppo, with a critic; all of them the same trainer. The world of `closed_form`: four
-prompts, 21 answers to each, rewards ln 1 to ln 8 drawn by the seed, beta 0.5 in the reward; 40
-updates of 64 answers, one step each, so that what counts is how fast it goes. Each arm had the same
-five learning rates tried on a seed that is not reported (results/rloo/tuning), falling to 0.
+of their group; ppo, with a critic; all of them the same trainer. Of the KL pg charges to a token
+what comes from it on, RLOO that of the whole answer; PPO's advantages are whitened. The world of
+`closed_form`: four prompts, 21 answers to each, rewards ln 1 to ln 8 drawn by the seed, beta 0.5 in
+the reward; 40 updates of 64 answers, one step each, so that what counts is how fast it goes. Each
+arm had the same five learning rates tried on a seed that is not reported (results/rloo/tuning),
+falling to 0.
 
 Statistic: trace of the covariance of the gradient over 200 batches of 64 answers of the reference,
 all estimators on the same answers; the exact objective (reward less beta KL) at the end, by listing

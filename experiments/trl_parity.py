@@ -202,8 +202,7 @@ def notes(seeds: Seeds) -> list[str]:
         "part of the weights above. Normalising takes it away.",
         "Weights after training: where a gradient is of the size of rounding, Adam's eps of 1e-8 "
         "lets it make whole steps, so two trainings that agree in every loss can part (largest gap "
-        f"{max(found[key]['weight_gap'] for found in seeds for key, _, _ in cells()):.1e}). With "
-        "eps 1e-6 on both sides the reward models of seeds 100, 101 and 103 end within 2e-6.",
+        f"{max(found[key]['weight_gap'] for found in seeds for key, _, _ in cells()):.1e}).",
     ]
 
 

@@ -289,7 +289,8 @@ NO_GROUP_SIGNAL = Alarm(
     measure=now("reward/equal_groups"),
     statistic="reward/equal_groups",
     threshold=0.9,
-    source="groups with one score have no advantage: nine tenths of the answers teach nothing",
+    source="groups with one score teach the KL alone where the reward pays it (at full weight if "
+    "a deviation is divided by), and nothing where the loss does",
     remedy="Take prompts of another difficulty, a finer reward, more --group-size or a higher "
     "--temperature.",
 )

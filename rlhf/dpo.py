@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe.errors import UserError
 from moe.generation import positions
 from rlhf.alarms import PREFERENCE
 from rlhf.logprobs import sequence_logps, token_logps
@@ -92,6 +93,11 @@ class DPOTrainer(StageTrainer):
         kwargs.setdefault("stage", "dpo")
         kwargs.setdefault("balance", BalancePolicy(scope="off"))
         self.loss: PreferenceLoss = DPOLoss() if loss is None else loss
+        if self.loss.couples_batch:
+            raise UserError(
+                f"{type(self.loss).__name__} couples the pairs of a batch, so that it would depend "
+                "on the size of micro-batches: DPOTrainer takes losses of single pairs."
+            )
         self.reference = reference
         refuse_batch_coupling(model, allowed=allow_batch_dependent_routing)
         self.routing_flag = {FLAG: True} if allow_batch_dependent_routing else {}

@@ -1,7 +1,8 @@
 """`rlhf.train --method kto`: a policy from answers judged one by one, or from both of each pair."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
+from moe.errors import UserError
 from rlhf.job import (
     Job,
     answer_prompts,
@@ -14,6 +15,8 @@ from rlhf.kto import KTOTrainer
 from rlhf.losses.kto import KTOLoss
 from rlhf.options import Config
 from rlhf.scores import AnswerScores, score_answers
+from sft.data import rows_of_type
+from sft.examples import Preference
 from sft.rows import Rows
 from sft.session import (
     before_and_after,
@@ -37,15 +40,25 @@ def judged_rows(job: Job) -> tuple[Rows[UnpairedRow], Rows[UnpairedRow], list[st
     """(training, held-out) rows, and the lines that tell of them."""
     train = unpaired_rows(job.train, job.text_path)
     val = Rows[UnpairedRow]([])
+    notes = [*job.train.notes, *train.notes]
     if len(job.val):
-        held_out = replace(job.val, name=f"{job.val.name} (held out)")
-        val = unpaired_rows(held_out, job.text_path)
+        try:
+            val = unpaired_rows(job.val, job.text_path)
+        except UserError as error:
+            notes.append(
+                f"{len(job.val)} held-out examples are not measured ({error} Or give a larger "
+                "--val-set-size, or 0)"
+            )
+    if job.train.kind == "preference" and any(
+        pair.margin is not None for pair in rows_of_type(Preference, job.train)
+    ):
+        notes.append("the margins are not used: KTO's loss has none")
     good = sum(row["is_good"] for row in train)
     head = (
         f"{job.train.name} ({job.train.format}): {len(train) + len(val):,} judged answers, split "
         f"{len(train):,} / {len(val):,} by prompt; {good:,} good, {len(train) - good:,} bad"
     )
-    return train, val, [head, *dict.fromkeys((*job.train.notes, *train.notes))]
+    return train, val, [head, *dict.fromkeys(notes)]
 
 
 def train_kto(job: Job) -> None:

@@ -6,7 +6,7 @@ asks no critic; an option that only a critic or a whitening has a use for is ref
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 from moe.errors import UserError
 
@@ -122,10 +122,21 @@ class PPOSettings:
     mismatch_cap: float = 2.0
 
     def __post_init__(self) -> None:
+        self._check_choices()
         self._check_ranges()
         self._check_pairs()
         self._check_advantage()
         self._check_rollout()
+
+    def _check_choices(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            choices = get_args(hint)
+            value = getattr(self, name)
+            if choices and all(isinstance(choice, str) for choice in choices):
+                if value not in choices:
+                    raise UserError(f"{name} is {value!r}: it is one of {', '.join(choices)}.")
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{name} is {value}: give a finite number.")
 
     def _check_ranges(self) -> None:
         counts = ("updates", "episodes", "epochs", "minibatches", "max_new_tokens", "group_size")

@@ -436,8 +436,8 @@ class StageTrainer(Trainer):
         if rings and self.on_alarm == "stop":
             raise StoppedByAlarm(
                 f"stage {self.stage}, step {self.state.global_step}: stopped by alarm "
-                f"{' and '.join(ring.name for ring in rings)}. Resumed with on-alarm tell, it "
-                "goes on all the same."
+                f"{' and '.join(ring.name for ring in rings)}. From a checkpoint, if "
+                "there is one, it can go on with on-alarm tell."
             )
 
     def _drain(self) -> dict[str, Any]:

@@ -432,3 +432,22 @@ def test_a_router_whose_log_probabilities_are_not_the_policys_is_refused_here_to
         build(tmp_path, method, reward=judge)
     with pytest.raises(UserError, match="allow_batch_dependent_routing has no effect"):
         build(tmp_path, method, options=asked)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"advantage": "grppo", "group_size": 4}, "advantage is 'grppo': it is one of gae, grpo"),
+        ({"ratio_level": "tokn"}, "ratio_level is 'tokn': it is one of token, sequence"),
+        ({"loss_mean": "x"}, "loss_mean is 'x': it is one of token, sequence, constant"),
+        ({"mismatch_correction": "tok"}, "mismatch_correction is 'tok': it is one of"),
+        ({"temperature": float("inf")}, "temperature is inf: give a finite number"),
+        ({"entropy_coef": float("nan")}, "entropy_coef is nan: give a finite number"),
+    ],
+)
+def test_a_mistyped_choice_and_a_number_that_is_none_are_refused_by_name(
+    wrong: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        PPOSettings(updates=1, episodes=8, **wrong)
+    assert sentence in str(caught.value)

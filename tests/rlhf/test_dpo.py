@@ -161,6 +161,16 @@ def test_a_router_with_capacity_is_refused(tmp_path: Path, factor: float) -> Non
     refuse_batch_coupling(tiny_lm(capacity_factor=factor, mlp_layer_types=["dense", "dense"]))
 
 
+class Coupled(DPOLoss):
+    couples_batch = True
+
+
+def test_a_loss_that_couples_pairs_is_refused(tmp_path: Path) -> None:
+    model = tiny_lm()
+    with pytest.raises(UserError, match="Coupled couples the pairs of a batch"):
+        dpo_trainer(model, tmp_path, reference=FrozenCopy(model), options={"loss": Coupled()})
+
+
 # --- what it moves
 
 
@@ -228,6 +238,8 @@ def test_the_reference_pass_is_not_counted_in_the_routers_metrics(tmp_path: Path
     class Tracker:
         def log(self, metrics: dict[str, Any], **kwargs: Any) -> None:
             rows.append(metrics)
+
+        def say(self, text: str) -> None: ...
 
     model, reference = frozen_adapter()
     trainer = dpo_trainer(

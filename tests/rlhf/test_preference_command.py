@@ -131,6 +131,19 @@ def test_kto_learns_the_same_from_pairs_and_from_their_answers_judged_one_by_one
     assert '"preference/reference_point"' in metrics and '"preference/accuracy"' in metrics
 
 
+def test_kto_trains_where_its_held_out_rows_are_of_one_prompt_and_says_that_margins_are_idle(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (here / "pairs.jsonl").read_text("utf-8").splitlines()]
+    write_rows(tmp_path / "five.jsonl", [{**row, "margin": 1.0} for row in rows[:5]])
+    few = ("--data", str(tmp_path / "five.jsonl"))
+    assert main([*KTO, *few, "--out", str(tmp_path / "run")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "held-out examples are not measured" in out and "give a larger --val-set-size" in out
+    assert "the margins are not used: KTO's loss has none" in out
+    assert summary(tmp_path / "run")["after"] is None
+
+
 def test_kto_trains_adapters_and_takes_weights(here: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     weights = ("--desirable-weight", "1.3", "--lora-rank", "2")

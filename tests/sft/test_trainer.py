@@ -438,6 +438,8 @@ class FakeTracker:
     def log(self, metrics: dict[str, Any], *, step: int, stage: str) -> None:
         self.rows.append((step, stage, dict(metrics)))
 
+    def say(self, text: str) -> None: ...
+
 
 def counted(folder: Path, tracker: Any = None, **changes: Any) -> Counted:
     def collator(rows: list[Any]) -> dict[str, Tensor]:
