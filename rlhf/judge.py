@@ -31,8 +31,13 @@ class Judge(Protocol):
     def identity(self) -> str:
         """What its verdicts depend on beside the question: the cache tells judges apart by it."""
 
-    def ask(self, questions: Sequence[str], *, labels: Sequence[str]) -> Iterator[Verdict]:
-        """One verdict a question, in their order, each as soon as it is there."""
+    def ask(
+        self, questions: Sequence[str], *, labels: Sequence[str]
+    ) -> Iterator[tuple[int, Verdict]]:
+        """The number of a question and its verdict, once each, as soon as it is there.
+
+        In any order: where questions are asked side by side, a verdict waits for no other.
+        """
 
 
 # --- the questions -------------------------------------------------------------------------------
@@ -124,12 +129,12 @@ class Referee:
         ]
 
     def _ask(self, questions: Sequence[str], *, labels: Sequence[str]) -> list[Verdict]:
-        verdicts: list[Verdict] = []
-        for verdict in self.judge.ask(questions, labels=labels):
-            verdicts.append(verdict)
+        verdicts: dict[int, Verdict] = {}
+        for number, verdict in self.judge.ask(questions, labels=labels):
+            verdicts[number] = verdict
             self.num_asked += 1
             self.num_unparsable += verdict is None
-        if len(verdicts) != len(questions):
+        if sorted(verdicts) != list(range(len(questions))):
             raise ValueError(f"the judge gave {len(verdicts)} verdicts on {len(questions)}")
         if self.num_unparsable > max(1.0, self.largest_unparsable_share * self.num_asked):
             raise UserError(
@@ -137,4 +142,4 @@ class Referee:
                 f"{', '.join(labels)}, over {self.largest_unparsable_share:.0%}: take a model that "
                 "keeps to the form, or give it more tokens to reply."
             )
-        return verdicts
+        return [verdicts[number] for number in range(len(questions))]

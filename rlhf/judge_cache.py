@@ -1,7 +1,8 @@
 """Verdicts on disk: a question is asked once, so a resumed run gets the scores it had.
 
-The decision to know: each verdict is written the moment it is there, an unreadable one too. What an
-endpoint was paid for is never lost, and asking again cannot quietly change a score.
+The decision to know: each verdict is written the moment it is there, an unreadable one too, in the
+order in which they come. What an endpoint was paid for is never lost, and asking again cannot
+quietly change a score.
 """
 
 import hashlib
@@ -19,7 +20,9 @@ from rlhf.judge import Judge, Verdict
 class CachedJudge:
     """A judge that remembers. The key of a verdict is the judge's identity, labels, question.
 
-    A file may hold several judges. Raises UserError for a line that is no verdict.
+    A file may hold several judges, but belongs to one process at a time: opening it cuts off a half
+    line at its end, as a killed process leaves it, and that could be what another one is writing.
+    Raises UserError for a line that is no verdict.
     """
 
     judge: Judge
@@ -34,7 +37,9 @@ class CachedJudge:
     def identity(self) -> str:
         return self.judge.identity
 
-    def ask(self, questions: Sequence[str], *, labels: Sequence[str]) -> Iterator[Verdict]:
+    def ask(
+        self, questions: Sequence[str], *, labels: Sequence[str]
+    ) -> Iterator[tuple[int, Verdict]]:
         keys = [self._key(question, labels) for question in questions]
         missing = {
             key: question
@@ -43,16 +48,17 @@ class CachedJudge:
         }
         if missing:
             self._learn(missing, labels)
-        yield from (self._held[key] for key in keys)
+        yield from enumerate(self._held[key] for key in keys)
 
     def _learn(self, missing: dict[str, str], labels: Sequence[str]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        keys = list(missing)
         verdicts = self.judge.ask(list(missing.values()), labels=labels)
         with self.file.open("a", encoding="utf-8", newline="\n") as file:
-            for key, verdict in zip(missing, verdicts, strict=True):
-                self._held[key] = verdict
+            for number, verdict in verdicts:
+                self._held[keys[number]] = verdict
                 self.num_new += 1
-                file.write(json.dumps({"key": key, "verdict": verdict}) + "\n")
+                file.write(json.dumps({"key": keys[number], "verdict": verdict}) + "\n")
                 file.flush()
 
     def _key(self, question: str, labels: Sequence[str]) -> str:

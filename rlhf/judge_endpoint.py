@@ -3,8 +3,9 @@
 The decision to know: the reply has to be one label and nothing else (a final full stop is
 forgiven); a number inside a sentence is not looked for, because which one was meant is a guess.
 What may pass (429, 5xx, a lost connection) is tried again with growing pauses; anything else that
-is not a reply ends the run in one sentence. The key is read from the environment, sent to the named
-address only (redirects are not followed), and written nowhere.
+is not a reply ends the run in one sentence, after the questions under way have had theirs: what was
+paid for is handed on. The key is read from the environment, sent to the named address only
+(redirects are not followed), and written nowhere.
 """
 
 import json
@@ -13,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
@@ -37,10 +38,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class EndpointJudge:
     """`model` at `base_url` (such as http://localhost:8000/v1), asked at temperature 0.
 
-    key_env: the environment variable that holds the key; None sends none. timeout: seconds of one
-    try. retries: after the first try, with pauses of `pause` * 2^n seconds, or what Retry-After
-    says, at most a minute. max_tokens: of a reply; 0 leaves it to the endpoint. workers: questions
-    at a time.
+    key_env: the environment variable that holds the key (white space around it is not part of it);
+    None sends none. timeout: seconds of one try. retries: after the first try, with pauses of
+    `pause` * 2^n seconds, or what Retry-After says, at most a minute. max_tokens: of a reply; 0
+    leaves it to the endpoint. workers: questions at a time.
     """
 
     base_url: str
@@ -68,11 +69,22 @@ class EndpointJudge:
                 "The judge's address holds a user, a query or a fragment, which would end up in "
                 "files: give the plain address, and a key by --judge-key-env."
             )
-        if self.key_env is not None and not os.environ.get(self.key_env):
-            raise UserError(
-                f"The environment variable {self.key_env} (--judge-key-env) is not set: put the "
-                "endpoint's key there."
-            )
+        if self.key_env is not None:
+            if not self._key:
+                raise UserError(
+                    f"The environment variable {self.key_env} (--judge-key-env) is not set or "
+                    "empty: put the endpoint's key there."
+                )
+            # Python's client would refuse it as a header, and print it.
+            if not (self._key.isascii() and self._key.isprintable()):
+                raise UserError(
+                    f"The key in the environment variable {self.key_env} (--judge-key-env) holds "
+                    "characters other than printable ASCII: put the plain key there."
+                )
+
+    @property
+    def _key(self) -> str:
+        return "" if self.key_env is None else os.environ.get(self.key_env, "").strip()
 
     @property
     def address(self) -> str:
@@ -82,11 +94,21 @@ class EndpointJudge:
     def identity(self) -> str:
         return f"{self.address} {self.model} max_tokens {self.max_tokens}"
 
-    def ask(self, questions: Sequence[str], *, labels: Sequence[str]) -> Iterator[Verdict]:
+    def ask(
+        self, questions: Sequence[str], *, labels: Sequence[str]
+    ) -> Iterator[tuple[int, Verdict]]:
         with ThreadPoolExecutor(max_workers=self.workers) as pool:
+            left = {pool.submit(self._reply, text): n for n, text in enumerate(questions)}
             try:
-                for reply in pool.map(self._reply, questions):
-                    yield verdict_of(reply, labels)
+                for future in as_completed(left):
+                    reply = future.result()
+                    yield left.pop(future), verdict_of(reply, labels)
+            except (Exception, KeyboardInterrupt):
+                pool.shutdown(cancel_futures=True)
+                for future, number in left.items():
+                    if not future.cancelled() and future.exception() is None:
+                        yield number, verdict_of(future.result(), labels)
+                raise
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -97,15 +119,14 @@ class EndpointJudge:
             try:
                 return _content(self._post(question), self.address)
             except urllib.error.HTTPError as error:
-                said = error.read(2000).decode("utf-8", "replace")
-                problem = self._without_key(f"{error.code} {error.reason}: {said}")
+                problem = self._without_key(f"{error.code} {error.reason}: {_said(error)}")
                 if error.code not in PASSING:
                     raise UserError(self._refusal(error.code, problem)) from error
                 wait = error.headers.get("Retry-After", "") if error.headers else ""
             except (OSError, HTTPException) as error:
-                problem, wait = f"{type(error).__name__}: {error}", ""
+                problem, wait = self._without_key(f"{type(error).__name__}: {error}"), ""
             if attempt < self.retries:
-                asked = float(wait) if wait.isdigit() else self.pause * 2.0**attempt
+                asked = float(wait) if wait.isdecimal() else self.pause * 2.0**attempt
                 self.sleep(min(asked, LONGEST_PAUSE))
         raise UserError(
             f"The judge at {self.address} did not answer in {self.retries + 1} tries (the last: "
@@ -122,7 +143,7 @@ class EndpointJudge:
             body["max_tokens"] = self.max_tokens
         headers = {"Content-Type": "application/json"}
         if self.key_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ[self.key_env]}"
+            headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(
             self.address, data=json.dumps(body).encode("ascii"), headers=headers, method="POST"
         )
@@ -151,10 +172,17 @@ class EndpointJudge:
 
     def _without_key(self, said: str) -> str:
         """What the endpoint said, on one line, without control characters or the key."""
-        text = " ".join("".join(c if c.isprintable() else " " for c in said).split())
-        if self.key_env is not None:
-            text = text.replace(os.environ[self.key_env], "<key>")
-        return text[:200]
+        if self._key:
+            said = said.replace(self._key, "<key>")
+        return " ".join("".join(c if c.isprintable() else " " for c in said).split())[:200]
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The beginning of what came with the error; a connection may be lost while it is read."""
+    try:
+        return error.read(2000).decode("utf-8", "replace")
+    except (OSError, HTTPException):
+        return "what it said could not be read"
 
 
 def _content(reply: Any, address: str) -> str | None:

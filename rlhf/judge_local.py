@@ -48,14 +48,16 @@ class LocalJudge:
         refuse_batch_coupling(self.model)
         disable_dropout(self.model)
 
-    def ask(self, questions: Sequence[str], *, labels: Sequence[str]) -> Iterator[Verdict]:
+    def ask(
+        self, questions: Sequence[str], *, labels: Sequence[str]
+    ) -> Iterator[tuple[int, Verdict]]:
         shared, label_ids = label_tokens(labels, self.text_path)
         for start in range(0, len(questions), self.batch_size):
             rows = [
                 self._ids(question) + shared
                 for question in questions[start : start + self.batch_size]
             ]
-            yield from self._verdicts(rows, label_ids)
+            yield from enumerate(self._verdicts(rows, label_ids), start=start)
 
     def _ids(self, question: str) -> list[int]:
         ids = self.text_path.encode_prompt((Message("user", question),))

@@ -76,6 +76,10 @@ class Config:
             raise UserError(f"--rater {self.rater!a} is no name: give letters.")
         if self.rater.startswith("judge:"):
             raise UserError(f"--rater {self.rater}: names that begin with judge: are of judges.")
+        for name in ("judge", "criterion", "judge_model", "judge_key_env"):
+            given = getattr(self, name)
+            if given is not None and not given.strip():
+                raise UserError(f"{_flag(name)} is empty: give it a text, or leave it out.")
         if self.judge is not None and self.is_endpoint and self.judge_model is None:
             raise UserError("--judge URL needs --judge-model, the name of a model there.")
 
@@ -148,8 +152,10 @@ def label(config: Config) -> int:
 
     files = LabelFiles(out=config.out_file)
     files.refuse_foreign()
-    # Asked first: a missing terminal should not be found out after an hour of answers.
+    # Asked first: a missing terminal or judge should not be found out after an hour of answers.
     keys = None if config.report or config.judge is not None else keys_from(config.answers)
+    if config.judge is not None and not config.report:
+        _check_judge(config, config.judge)
     if config.report and not files.answers.is_file():
         raise UserError(f"There is no {files.answers} to report on: label first, without --report.")
     if note := files.mend():
@@ -251,6 +257,16 @@ def _judge(config: Config, files: "LabelFiles", pairs: "list[Pair]") -> None:
     )
 
 
+def _check_judge(config: Config, judge: str) -> None:
+    """Raises UserError for a judge that cannot be opened, without loading a model or asking one."""
+    if config.is_endpoint:
+        _open_judge(config)
+        return
+    from sft.models import find_model, tokenizer_of
+
+    tokenizer_of(find_model(judge), None)
+
+
 def judge_name(config: Config, referee: "Referee") -> str:
     """With a digest, so that another criterion or other weights vote under another name."""
     digest = hashlib.sha256(f"{referee.judge.identity}\n{referee.criterion}".encode()).hexdigest()
@@ -260,7 +276,10 @@ def judge_name(config: Config, referee: "Referee") -> str:
 def _referee(config: Config) -> "Referee":
     from rlhf.judge import CRITERION, Referee
 
-    return Referee(judge=_open_judge(config), criterion=config.criterion or CRITERION)
+    return Referee(
+        judge=_open_judge(config),
+        criterion=CRITERION if config.criterion is None else config.criterion,
+    )
 
 
 def _open_judge(config: Config) -> "Judge":

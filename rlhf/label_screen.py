@@ -139,7 +139,7 @@ def terminal_key() -> str | None:
         key = byte.decode("ascii", "replace").lower()
         if key not in KEYS:  # an arrow is three bytes, and the last may look like a key
             terminal.tcflush(descriptor, terminal.TCIFLUSH)
-    if not byte or key == "\x04":  # Ctrl-D
+    if not byte or key in ("\x04", "\0"):  # Ctrl-D; Linux keeps an early one as a zero
         return None
     return key
 

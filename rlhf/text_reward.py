@@ -31,8 +31,8 @@ class TextReward:
 
     rows: the prompts that can occur, as `sft.rows.prompt_rows` gives them. Where one prompt's ids
     begin another's, a row counts for the longer one. Answers are decoded without special tokens.
-    Raises UserError for a row that begins with none of the prompts, or for a score that is not
-    finite.
+    Raises UserError for a row that begins with none of the prompts, or for a score that is no
+    finite number.
     """
 
     score: TextScore
@@ -59,9 +59,14 @@ class TextReward:
         if len(scores) != len(both):
             raise UserError(f"The reward gave {len(scores)} scores for {len(both)} answers.")
         for (_, answer), value in zip(both, scores, strict=True):
-            if not math.isfinite(value):
-                raise UserError(f"The reward gave {value} for the answer {answer[:60]!r}.")
-        return torch.tensor(scores, dtype=torch.float32, device=input_ids_BS.device)
+            if not _is_finite_number(value):
+                raise UserError(
+                    f"The reward gave {repr(value)[:60]} for the answer {answer[:60]!r}: a score "
+                    "must be a finite number."
+                )
+        return torch.tensor(
+            [float(value) for value in scores], dtype=torch.float32, device=input_ids_BS.device
+        )
 
     def _texts(self, ids: list[int]) -> tuple[str, str]:
         for length in self._lengths:
@@ -73,3 +78,11 @@ class TextReward:
             f"No prompt of this reward begins the row {beginning!r}: make it with the rows that "
             "are sampled."
         )
+
+
+def _is_finite_number(value: object) -> bool:
+    """Also for what acts as a number: NumPy's scalars, tensors of one element."""
+    try:
+        return math.isfinite(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False

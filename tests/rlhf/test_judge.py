@@ -3,14 +3,16 @@
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from moe import MoEConfig, MoEForCausalLM
 from moe.errors import UserError
 from rlhf.best_of_n import best_of_n
-from rlhf.judge import CHOICES, SCALE, Referee, Verdict, pair_question, score_question
+from rlhf.judge import CHOICES, SCALE, Judge, Referee, Verdict, pair_question, score_question
 from rlhf.judge_cache import CachedJudge
 from rlhf.judge_local import LocalJudge, label_tokens, open_local_judge
 from rlhf.label_files import Answer, LabelFiles, Pair
@@ -33,10 +35,27 @@ class Scripted:
         self.verdicts = list(verdicts)
         self.asked: list[str] = []
 
-    def ask(self, questions: Sequence[str], *, labels: Sequence[str]) -> Iterator[Verdict]:
-        for question in questions:
+    def ask(
+        self, questions: Sequence[str], *, labels: Sequence[str]
+    ) -> Iterator[tuple[int, Verdict]]:
+        for number, question in enumerate(questions):
             self.asked.append(question)
-            yield self.verdicts.pop(0)
+            yield number, self.verdicts.pop(0)
+
+
+class Backwards(Scripted):
+    """Its last question is answered first."""
+
+    def ask(
+        self, questions: Sequence[str], *, labels: Sequence[str]
+    ) -> Iterator[tuple[int, Verdict]]:
+        for number, verdict in super().ask(questions[::-1], labels=labels):
+            yield len(questions) - 1 - number, verdict
+
+
+def verdicts_of(judge: Judge, questions: Sequence[str], labels: Sequence[str]) -> list[Verdict]:
+    """In the order of the questions."""
+    return [verdict for _, verdict in sorted(judge.ask(questions, labels=labels))]
 
 
 # --- questions and their worth -------------------------------------------------------------------
@@ -76,6 +95,15 @@ def test_too_many_unreadable_replies_are_refused() -> None:
     above = Referee(judge=Scripted(None, None, *[good] * 17))
     with pytest.raises(UserError, match="2 of 19 replies of the judge are none of 1, 2, 3, 4, 5"):
         above(["p"] * 19, ["x"] * 19)
+
+
+def test_verdicts_find_their_questions_in_whatever_order_they_come(tmp_path: Path) -> None:
+    script: tuple[Verdict, ...] = ((0.1, 0.9), (0.2, 0.8), (0.3, 0.7))
+    texts = ["x", "y", "z"]
+    plain = Referee(judge=Backwards(*script))
+    kept = Referee(judge=CachedJudge(judge=Backwards(*script), file=tmp_path / "cache.jsonl"))
+    for referee in (plain, kept, kept):
+        assert referee.prefer(["p"] * 3, texts, texts[::-1]) == [0.3, 0.2, 0.1]
 
 
 def test_a_preference_is_the_probability_of_the_first() -> None:
@@ -129,31 +157,31 @@ def test_a_judge_votes_in_both_orders_and_goes_on_where_it_was(tmp_path: Path) -
 def test_a_question_is_asked_once_ever_and_its_verdict_stays(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "cache.jsonl"
     cache = CachedJudge(judge=Scripted((0.7, 0.3), None), file=file)
-    assert list(cache.ask(["x", "y", "x"], labels=CHOICES)) == [(0.7, 0.3), None, (0.7, 0.3)]
+    assert verdicts_of(cache, ["x", "y", "x"], CHOICES) == [(0.7, 0.3), None, (0.7, 0.3)]
     again = CachedJudge(judge=Scripted(), file=file)
-    assert list(again.ask(["y", "x"], labels=CHOICES)) == [None, (0.7, 0.3)]
+    assert verdicts_of(again, ["y", "x"], CHOICES) == [None, (0.7, 0.3)]
     assert (cache.num_new, again.num_new) == (2, 0)
 
 
 def test_another_judge_or_other_labels_are_other_questions(tmp_path: Path) -> None:
     file = tmp_path / "cache.jsonl"
-    list(CachedJudge(judge=Scripted((1.0, 0.0)), file=file).ask(["x"], labels=CHOICES))
+    verdicts_of(CachedJudge(judge=Scripted((1.0, 0.0)), file=file), ["x"], CHOICES)
     other = Scripted((0.0, 1.0), (0.2,) * 5)
     other.identity = "another"
     cache = CachedJudge(judge=other, file=file)
-    assert list(cache.ask(["x"], labels=CHOICES)) == [(0.0, 1.0)]
-    assert list(cache.ask(["x"], labels=SCALE)) == [(0.2,) * 5]
+    assert verdicts_of(cache, ["x"], CHOICES) == [(0.0, 1.0)]
+    assert verdicts_of(cache, ["x"], SCALE) == [(0.2,) * 5]
 
 
 def test_what_was_answered_before_a_failure_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "cache.jsonl"
     broken = CachedJudge(judge=Scripted((1.0, 0.0)), file=file)
     with pytest.raises(IndexError):
-        list(broken.ask(["x", "y"], labels=CHOICES))
+        verdicts_of(broken, ["x", "y"], CHOICES)
     with file.open("a", encoding="utf-8") as torn:
         torn.write('{"key": "abc')
     again = CachedJudge(judge=Scripted((0.0, 1.0)), file=file)
-    assert list(again.ask(["x", "y"], labels=CHOICES)) == [(1.0, 0.0), (0.0, 1.0)]
+    assert verdicts_of(again, ["x", "y"], CHOICES) == [(1.0, 0.0), (0.0, 1.0)]
     assert len(CachedJudge(judge=Scripted(), file=file)._held) == 2
 
 
@@ -189,7 +217,7 @@ def test_a_local_judge_gives_the_models_probabilities_of_the_labels(
 ) -> None:
     judge = LocalJudge(model=model, text_path=text_path, identity="m", batch_size=2)
     questions = ["the cat", "the dog sat at home", "sun"]
-    verdicts = list(judge.ask(questions, labels=SCALE))
+    verdicts = verdicts_of(judge, questions, SCALE)
     for question, verdict in zip(questions, verdicts, strict=True):
         ids = text_path.encode_prompt((Message("user", question),))
         labels = [text_path.encode_completion(label, finished=False)[0] for label in SCALE]
@@ -198,7 +226,7 @@ def test_a_local_judge_gives_the_models_probabilities_of_the_labels(
         expected = torch.softmax(logits, dim=-1)[labels]
         assert verdict == pytest.approx((expected / expected.sum()).tolist(), abs=1e-6)
     assert len({verdict for verdict in verdicts}) == 3
-    assert list(judge.ask(questions, labels=SCALE)) == verdicts
+    assert verdicts_of(judge, questions, SCALE) == verdicts
 
 
 def test_labels_are_read_after_the_tokens_that_they_share(text_path: TextPath) -> None:
@@ -220,15 +248,15 @@ def test_a_judge_opens_from_a_folder_and_its_identity_is_of_its_weights(
 ) -> None:
     save_policy(model, text_path, tmp_path / "one")
     judge = open_local_judge(tmp_path / "one")
-    (again,) = open_local_judge(tmp_path / "one").ask(["sun"], labels=CHOICES)
-    assert list(judge.ask(["sun"], labels=CHOICES)) == [again]
+    (again,) = verdicts_of(open_local_judge(tmp_path / "one"), ["sun"], CHOICES)
+    assert verdicts_of(judge, ["sun"], CHOICES) == [again]
     other = copy.deepcopy(model)
     torch.nn.init.zeros_(other.lm_head.weight)
     save_policy(other, text_path, tmp_path / "two")
     assert open_local_judge(tmp_path / "two").identity != judge.identity
     with pytest.raises(UserError, match="room for 19: shorten the answers"):
         short = open_local_judge(tmp_path / "one", max_length=20)
-        list(short.ask(["the cat sat at home " * 20], labels=CHOICES))
+        verdicts_of(short, ["the cat sat at home " * 20], CHOICES)
 
 
 # --- texts as rewards ----------------------------------------------------------------------------
@@ -275,8 +303,32 @@ def test_a_row_with_another_prompt_and_a_score_that_is_none_are_refused(
     foreign = text_path.encode_document("moon sun")
     with pytest.raises(UserError, match="No prompt of this reward begins the row 'moon sun'"):
         reward(*pad_batch([foreign], pad_id=0, side="left"))
-    with pytest.raises(UserError, match="gave nan"):
+    with pytest.raises(UserError, match="gave nan .*must be a finite number"):
         reward(*pad_batch([rows[0]["prompt_ids"]], pad_id=0, side="left"))
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(None, "None"), ("3", "'3'"), (1j, "1j"), (10**400, "1000"), (torch.zeros(2), "tensor")],
+    ids=["none", "text", "complex", "too large", "several"],
+)
+def test_a_score_that_is_no_number_is_refused_by_its_answer(
+    value: Any,
+    told: str,
+    text_path: TextPath,
+    rows: list,  # type: ignore[type-arg]
+) -> None:
+    reward = TextReward(score=lambda prompts, answers: [value], text_path=text_path, rows=rows)
+    ids = rows[2]["prompt_ids"] + text_path.encode_completion(" ran")
+    with pytest.raises(UserError, match=f"gave {told}.* for the answer ' ran'.* a finite number"):
+        reward(*pad_batch([ids], pad_id=text_path.pad_id, side="left"))
+
+
+def test_scores_may_be_scalars_of_numpy_and_torch(text_path: TextPath, rows: list) -> None:  # type: ignore[type-arg]
+    values: list[Any] = [np.float32(0.5), torch.tensor(2.0), 3]
+    reward = TextReward(score=lambda prompts, answers: values, text_path=text_path, rows=rows)
+    batch = pad_batch([row["prompt_ids"] for row in rows], pad_id=text_path.pad_id, side="left")
+    assert reward(*batch).tolist() == [0.5, 2.0, 3.0]
 
 
 def test_best_of_n_takes_a_judge_as_its_reward_and_a_cache_repeats_it(

@@ -204,6 +204,17 @@ def test_a_terminal_gives_a_key_without_enter(
     assert press(keys, monkeypatch) == read
 
 
+def test_an_end_pressed_before_the_terminal_was_ours_is_an_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "r", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        os.write(master, b"\x04")
+        assert terminal_key() is None
+    os.close(master)
+
+
 def test_what_was_pressed_before_a_pair_was_shown_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -201,6 +201,9 @@ def test_two_draws_of_one_model_can_be_compared_and_two_greedy_ones_cannot(
         (("--judge", "base", "--rater", "ana"), "--rater has no effect with --judge"),
         (("--judge", "base", "--judge-tokens", "3"), "with a --judge that is no URL"),
         (("--judge", "http://host/v1"), "--judge URL needs --judge-model"),
+        (("--judge", "base", "--criterion", ""), "--criterion is empty"),
+        (("--judge", " "), "--judge is empty"),
+        (("--judge", "http://host/v1", "--judge-model", ""), "--judge-model is empty"),
         (("--report", "--answers", "x"), "--answers has no effect with --report"),
         (("--report",), "label first"),
         (("--rater", "judge:x"), "names that begin with judge:"),
@@ -224,6 +227,30 @@ def test_a_mistake_is_one_sentence(
     for flag, value in given.items():
         argv += [] if flag in more else [flag, value]
     assert told in refused([*argv, *more], capsys)
+
+
+@pytest.mark.parametrize(
+    ("judge", "told"),
+    [
+        (("nowhere",), "No model folder nowhere"),
+        (("http://:8000/v1", "--judge-model", "m"), "is not http://HOST"),
+        (
+            ("http://host/v1", "--judge-model", "m", "--judge-key-env", "NO_SUCH_KEY"),
+            "NO_SUCH_KEY (--judge-key-env) is not set",
+        ),
+    ],
+)
+def test_a_judge_that_cannot_be_opened_is_told_before_any_answer_is_drawn(
+    judge: tuple[str, ...],
+    told: str,
+    here: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    assert told in refused(command(tmp_path / "pairs.jsonl", "--judge", *judge), capsys)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_plain_text_and_changed_options_are_refused(
