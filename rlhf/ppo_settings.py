@@ -127,6 +127,7 @@ class PPOSettings:
         self._check_pairs()
         self._check_advantage()
         self._check_rollout()
+        self._check_finite()
 
     def _check_choices(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -135,7 +136,11 @@ class PPOSettings:
             if choices and all(isinstance(choice, str) for choice in choices):
                 if value not in choices:
                     raise UserError(f"{name} is {value!r}: it is one of {', '.join(choices)}.")
-            elif isinstance(value, float) and not math.isfinite(value):
+
+    def _check_finite(self) -> None:
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{name} is {value}: give a finite number.")
 
     def _check_ranges(self) -> None:
